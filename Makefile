@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. Everything else is below them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Several processes share the cores: one thread each, unless the caller says otherwise.
+export OMP_NUM_THREADS ?= 1
+# Nothing phones out.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install dev demo test check bench-simulation clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Consilium needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing Consilium and what it needs into $(VENV) (a few minutes the first time)"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed ## Make .venv with what a user needs
+dev: $(VENV)/installed-dev ## ... and with what a developer needs
+
+demo: $(VENV)/installed ## Four simulated hospitals, the embedded model, under two minutes
+	$(BIN)/consilium demo --force
+
+test: $(VENV)/installed-dev ## The whole test suite, with coverage
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
+
+check: $(VENV)/installed-dev ## Format, lint, types, import rule
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-simulation: $(VENV)/installed-dev ## Memory and time of 4, 20 and 50 inline sites
+	$(BIN)/python -m simulations.bench.simulation
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

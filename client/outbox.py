@@ -1,0 +1,71 @@
+"""Replies on disk: written whole and durably before they are sent, kept to be sent again.
+
+A reply is one folder, `outbox/<task_id>/`, that appears by a single rename. It holds no sampler or
+noise state, only what left or is about to leave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.files import fsync_folder, write_atomically
+
+_ADAPTER, _NUMBERS = "adapter.safetensors", "numbers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training one task gave: adapter as safetensors bytes, and numbers that may leave."""
+
+    adapter: bytes
+    numbers: Mapping[str, float]
+
+
+class Outbox:
+    """The folder of outcomes, one per task_id."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def find(self, task_id: str) -> Outcome | None:
+        """Return the outcome stored for a task, or None."""
+        folder = self._folder / task_id
+        if not folder.is_dir():
+            return None
+        numbers = json.loads((folder / _NUMBERS).read_text())
+        return Outcome((folder / _ADAPTER).read_bytes(), numbers)
+
+    def store(self, task_id: str, outcome: Outcome) -> Outcome:
+        """Keep an outcome durably and return the one that stands.
+
+        When another process stored one for this task first, that one stands and ours is dropped:
+        one output per task ever leaves.
+        """
+        temporary = Path(tempfile.mkdtemp(dir=self._folder, prefix=".writing-"))
+        try:
+            write_atomically(temporary / _ADAPTER, outcome.adapter, mode=0o600)
+            numbers = json.dumps(dict(outcome.numbers), sort_keys=True).encode()
+            write_atomically(temporary / _NUMBERS, numbers, mode=0o600)
+            try:
+                os.rename(temporary, self._folder / task_id)
+            except OSError:
+                standing = self.find(task_id)
+                if standing is None:
+                    raise
+                return standing
+            fsync_folder(self._folder)
+            return outcome
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a crash left half-written."""
+        for leftover in self._folder.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What server, client and simulations share: types, formats and numbers, no decisions."""

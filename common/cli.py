@@ -1,0 +1,90 @@
+"""The `consilium` command: finds the groups that are installed, and turns errors into exit codes.
+
+A group is an entry point in `consilium.commands` whose value is a Typer app, so that this module
+imports neither server, client nor simulations.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from common.errors import ConsiliumError
+
+GROUP = "consilium.commands"
+INTERRUPTED = 130
+
+console = Console()
+_errors = Console(stderr=True)
+
+
+def build_app() -> typer.Typer:
+    """Return the command with every group that is installed."""
+    app = typer.Typer(
+        name="consilium",
+        help="Hospitals fine-tune one language model together; no record leaves any of them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def options(
+        verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every event.")] = False,
+    ) -> None:
+        set_up_logging(verbose=verbose)
+
+    model = typer.Typer(no_args_is_help=True, help="Base model folders.")
+    app.add_typer(model, name="model")
+
+    @model.command()
+    def digest(path: Path) -> None:
+        """Print the digest of a base model folder, for site.toml's allowed-models."""
+        from common.model import digest_model
+
+        typer.echo(digest_model(path))
+
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        group = entry.load()
+        if isinstance(group, typer.Typer):
+            app.add_typer(group, name=entry.name)
+        else:
+            app.command(name=entry.name)(group)
+    return app
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Send our log to stderr and quieten what libraries say of themselves."""
+    level = logging.INFO if verbose else logging.WARNING
+    handler = RichHandler(console=_errors, show_path=False, show_time=verbose)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    for package in ("common", "client", "server", "simulations"):
+        logging.getLogger(package).setLevel(level)
+    if not verbose:
+        for library in ("transformers", "bitsandbytes", "peft", "flwr"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Run the command; every ConsiliumError ends as one readable paragraph and its exit code."""
+    try:
+        build_app()()
+    except ConsiliumError as error:
+        _errors.print(f"[bold red]error[/] ({error.code}): ", end="")
+        _errors.print(str(error), markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _errors.print("[yellow]interrupted[/]; what was saved stands")
+        sys.exit(INTERRUPTED)

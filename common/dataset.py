@@ -1,0 +1,161 @@
+"""Records from a file: read, check, select, count. A site's own, or the coordinator's test set.
+
+Nothing here puts a record's text into an error or a log line: messages give paths, line numbers and
+counts, and records hide their text from repr().
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+# More unusable records than this and something is wrong with the file, not with a record.
+MAX_SKIPPED_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a data set calls its columns; `split` is only looked at when a split is asked for."""
+
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    split: str = "split"
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Usable records, and how many were skipped for want of a question or an answer."""
+
+    prompts: tuple[Prompt, ...] = field(repr=False)
+    num_skipped: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def load_records(path: Path, *, columns: Columns, split: str = "", max_records: int = 0) -> Records:
+    """Return the usable records of a JSONL, CSV or Parquet file.
+
+    split: only rows whose split column equals it; rows without that column are all used.
+    max_records: the first so many usable rows; 0 takes all.
+    columns: what this data set calls its columns.
+    Raises DataError when the file is missing, empty, malformed, holds no record of the split, or
+    when more than a tenth of its records have no question or no answer.
+    """
+    prompts: list[Prompt] = []
+    skipped = rows = 0
+    for row in _rows(path):
+        rows += 1
+        if split and columns.split in row and row[columns.split] != split:
+            continue
+        prompt = _prompt(row, columns)
+        if prompt is None:
+            skipped += 1
+        else:
+            prompts.append(prompt)
+        if max_records and len(prompts) == max_records:
+            break
+    if rows == 0:
+        raise DataError(f"{path} is empty; give a file with at least one record")
+    total = len(prompts) + skipped
+    if total == 0:
+        raise DataError(f"{path} has {rows} records, none of them of split {split!r}")
+    if skipped > MAX_SKIPPED_SHARE * total:
+        raise DataError(
+            f"{skipped} of {total} records in {path} have no {columns.instruction!r} or no "
+            f"{columns.output!r}; check the column names, or remove those records"
+        )
+    if skipped:
+        logger.warning("%s: skipped %d of %d records without an answer", path, skipped, total)
+    return Records(tuple(prompts), skipped)
+
+
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """Return every row of a data set as it stands. Raises DataError as `load_records` does."""
+    rows = [dict(row) for row in _rows(path)]
+    if not rows:
+        raise DataError(f"{path} is empty; give a file with at least one record")
+    return rows
+
+
+def _prompt(row: Mapping[str, Any], columns: Columns) -> Prompt | None:
+    instruction, answer = row.get(columns.instruction), row.get(columns.output)
+    if not isinstance(instruction, str) or not isinstance(answer, str):
+        return None
+    if not instruction.strip() or not answer.strip():
+        return None
+    context = row.get(columns.input)
+    return Prompt(instruction, context if isinstance(context, str) else "", answer)
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    if path.is_dir():
+        return _saved_dataset(path)
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: a data set ends in one of {sorted(readers)}, or is a folder written by "
+            "datasets' save_to_disk"
+        )
+    if not path.is_file():
+        raise DataError(f"no data set at {path}; check data.path")
+    return reader(path)
+
+
+def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path} line {number} is not JSON; correct or remove it") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path} line {number} is not a JSON object")
+            yield row
+
+
+def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file, strict=True)
+    except (csv.Error, UnicodeDecodeError):
+        raise DataError(f"{path} is not a UTF-8 CSV file with a header line") from None
+
+
+def _saved_dataset(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a folder written by save_to_disk, read where it lies: no copy in anybody's cache."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, OSError):
+        raise DataError(f"{path} is not a folder written by datasets' save_to_disk") from None
+    if isinstance(saved, datasets.DatasetDict):
+        raise DataError(f"{path} holds several data sets {sorted(saved)}; name one of its folders")
+    yield from saved
+
+
+def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException:
+        raise DataError(f"{path} is not a readable Parquet file") from None

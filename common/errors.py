@@ -1,0 +1,131 @@
+"""Every error that Consilium raises on purpose, in one tree.
+
+    ConsiliumError                  base: str(error) is a sentence for a person, .code is for the wire
+    ├── ConfigError                 RUN.toml, site.toml or a command-line value is wrong
+    ├── ModelError                  a base model folder or a LoRA setting does not fit
+    ├── DataError                   a data set is missing, empty or malformed
+    ├── ShapeError                  factors or tensors do not fit each other
+    ├── SignatureError              a signature, digest or identity does not hold
+    ├── ProtocolError               a message is malformed, expired or of another protocol version
+    ├── PolicyError                 the site's own policy forbids the task
+    ├── BudgetError                 the privacy budget does not cover the task
+    ├── PrivacyError                a privacy setting is impossible or void
+    ├── EgressError                 something that may not leave was about to
+    ├── TrainingError               local training went wrong (loss not finite, adapter did not move)
+    ├── ScreeningError              a reply was refused by the coordinator
+    ├── QuorumError                 too few sites or replies; the run stopped
+    ├── CheckpointError             a checkpoint or a run folder is damaged or in the way
+    └── EngineError                 Flower's processes did not do what was asked
+
+What leaves a hospital is `code` and a correlation id, never `str(error)`: a message may name a path
+or a count of the hospital's own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ConsiliumError(Exception):
+    """Base of the tree; `code` is the only part of an error that may leave a hospital."""
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(ConsiliumError):
+    """A setting that a person wrote is unknown, ill-typed, out of range or contradictory."""
+
+    code = "config"
+    exit_code = 2
+
+
+class ModelError(ConsiliumError):
+    """A base model folder cannot be used, or a LoRA setting does not fit it."""
+
+    code = "model"
+
+
+class DataError(ConsiliumError):
+    """A data set is missing, empty or malformed. Messages give counts and line numbers, no text."""
+
+    code = "data"
+
+
+class ShapeError(ConsiliumError):
+    """Factors or tensors do not fit each other."""
+
+    code = "shape"
+
+
+class SignatureError(ConsiliumError):
+    """A signature, digest or identity does not hold."""
+
+    code = "signature"
+
+
+class ProtocolError(ConsiliumError):
+    """A message is malformed, expired, for somebody else, or of another protocol version."""
+
+    code = "protocol"
+
+
+class PolicyError(ConsiliumError):
+    """The site's own policy forbids the task."""
+
+    code = "policy"
+
+
+class BudgetError(ConsiliumError):
+    """The privacy budget of a data set does not cover the task."""
+
+    code = "budget"
+
+
+class PrivacyError(ConsiliumError):
+    """A privacy setting is impossible, or would void the guarantee."""
+
+    code = "privacy"
+
+
+class EgressError(ConsiliumError):
+    """Something that may not leave the hospital was about to."""
+
+    code = "egress"
+
+
+class TrainingError(ConsiliumError):
+    """Local training went wrong: the loss is not finite, or the adapter did not move."""
+
+    code = "training"
+
+
+class ScreeningError(ConsiliumError):
+    """A reply was refused by the coordinator; `reason` is one word for history and log."""
+
+    code = "screening"
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class QuorumError(ConsiliumError):
+    """Too few sites or replies, after the allowed retries; the run stopped."""
+
+    code = "quorum"
+    exit_code = 3
+
+
+class CheckpointError(ConsiliumError):
+    """A checkpoint or a run folder is damaged, or in the way of a new run."""
+
+    code = "checkpoint"
+    exit_code = 4
+
+
+class EngineError(ConsiliumError):
+    """Flower's processes did not start, ended early, or ended a run as failed."""
+
+    code = "engine"
+    exit_code = 5

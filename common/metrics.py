@@ -1,0 +1,73 @@
+"""Losses and token metrics, as pure functions of logits and labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.prompts import IGNORE
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSums:
+    """Sums over answer tokens: nll in nats, correct and tokens as counts. Sums add up exactly."""
+
+    nll: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageMetrics:
+    """loss: mean nats per answer token; perplexity: exp(loss); token_accuracy: in [0, 1]."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+
+
+def record_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each record's mean cross-entropy over its own answer tokens.
+
+    logits: (batch, length, vocabulary); labels: (batch, length), IGNORE outside the answer.
+    Returns (batch,), float32; 0 for a record without answer tokens. One record's value depends on
+    that record alone, which is what per-record clipping needs (Abadi et al. 1607.00133, section 3).
+    """
+    nll, mask = _token_nll(logits, labels)
+    return (nll * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def token_sums(logits: Tensor, labels: Tensor) -> TokenSums:
+    """Return sums over the answer tokens of a batch (shapes as in `record_losses`)."""
+    nll, mask = _token_nll(logits, labels)
+    hits = (logits[:, :-1].argmax(dim=-1) == labels[:, 1:]) & mask.bool()
+    return TokenSums(
+        nll=float((nll.double() * mask).sum()), correct=int(hits.sum()), tokens=int(mask.sum())
+    )
+
+
+def summarize(parts: Iterable[TokenSums]) -> LanguageMetrics:
+    """Return the metrics of all parts together; NaN when there is no answer token."""
+    items = list(parts)
+    tokens = sum(item.tokens for item in items)
+    if tokens == 0:
+        return LanguageMetrics(math.nan, math.nan, math.nan)
+    loss = sum(item.nll for item in items) / tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return LanguageMetrics(loss, perplexity, sum(item.correct for item in items) / tokens)
+
+
+def _token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    targets = labels[:, 1:]
+    mask = (targets != IGNORE).to(torch.float32)
+    nll = functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2),
+        targets.clamp(min=0),
+        reduction="none",
+    )
+    return nll, mask

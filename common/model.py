@@ -1,0 +1,348 @@
+"""The base model: find it, prove which one it is, quantise it, put a LoRA adapter on it.
+
+Only safetensors and tokenizer.json-style folders are read; code that comes with a model never runs
+(trust_remote_code stays off). One quantised base serves every adapter of a process: `attached` lends
+it with fresh LoRA layers and takes them off again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from common.adapter import AdapterShape, AdapterState, lora_scaling, state_from_tensors
+from common.config import LoraSection, ModelSection
+from common.errors import ModelError, SignatureError
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "int8", "none"]
+
+_DIGESTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded, quantised, frozen base and its tokenizer. `digest`: `digest_model` of its folder."""
+
+    model: nn.Module
+    tokenizer: Any
+    digest: str
+    device: torch.device
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills batches; padding is masked, so any id does."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else int(self.tokenizer.eos_token_id or 0)
+
+
+def resolve_model(section: ModelSection, *, known: Mapping[str, Path], hub: bool = False) -> Path:
+    """Return the folder of a base model.
+
+    known: names that the caller maps to folders (site.toml, a launch file); they come first.
+    hub: whether a name that is no folder may be looked up on the Hugging Face hub.
+    Raises ModelError when there is no such folder, or it is not a usable model.
+    """
+    name = section.name
+    if name in known:
+        folder = known[name]
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif hub and not Path(name).is_absolute():
+        folder = _from_hub(name, section.revision)
+    else:
+        raise ModelError(
+            f"model.name = {name!r} is neither a folder nor one of {sorted(known)}; "
+            "give the path of a folder with config.json, tokenizer.json and *.safetensors"
+        )
+    check_model_folder(folder)
+    return folder.resolve()
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ModelError when a folder lacks what a base model needs."""
+    missing = [
+        what
+        for what, found in (
+            ("config.json", (folder / "config.json").is_file()),
+            ("*.safetensors", any(folder.glob("*.safetensors"))),
+            ("tokenizer files", any(folder.glob("tokenizer*"))),
+        )
+        if not found
+    ]
+    if missing:
+        hint = ""
+        if "*.safetensors" in missing and any(folder.glob("*.bin")):
+            hint = "; it holds pickled *.bin weights, which are never loaded: convert them first"
+        raise ModelError(f"model folder {folder} lacks {', '.join(missing)}{hint}")
+
+
+def digest_model(folder: Path) -> str:
+    """Return SHA-256 hex over sorted (file name, SHA-256) of config, tokenizer and safetensors files.
+
+    Raises ModelError when the folder is not a usable model.
+    """
+    check_model_folder(folder)
+    names = {path.name for pattern in _DIGESTED for path in folder.glob(pattern)}
+    total = hashlib.sha256()
+    for name in sorted(names):
+        stat = (folder / name).stat()
+        digest = _file_sha256(folder / name, stat.st_size, stat.st_mtime_ns)
+        total.update(f"{name}\x00{digest}\n".encode())
+    return total.hexdigest()
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return "auto" as CUDA where there is one, else CPU; any other name as it stands."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def load_base(
+    folder: Path, section: ModelSection, *, device: torch.device, expected_digest: str = ""
+) -> BaseModel:
+    """Return the base model of a folder, quantised and frozen; the newest one is kept in memory.
+
+    expected_digest: refuse any other model; "" accepts what is there.
+    Raises SignatureError when the digest differs, ModelError when the model cannot be loaded.
+    """
+    digest = digest_model(folder)
+    if expected_digest and digest != expected_digest:
+        raise SignatureError(
+            f"base model {folder} has digest {digest[:16]}..., expected {expected_digest[:16]}...; "
+            "copy the coordinator's model folder again"
+        )
+    return _load(str(folder), digest, section.quantization, section.compute_dtype, str(device))
+
+
+def release_base() -> None:
+    """Drop the base model kept in memory."""
+    _load.cache_clear()
+    gc.collect()
+
+
+def adapter_shape(base: BaseModel, lora: LoraSection, *, rank: int | None = None) -> AdapterShape:
+    """Return what an adapter for this base and LoRA setting looks like.
+
+    rank: another rank than lora.rank, for a site that can hold less.
+    Raises ModelError when no module matches or the rank is above a layer's smaller side.
+    """
+    with attached(base, lora, rank=rank) as model:
+        return _shape_of(model, lora, rank or lora.rank)
+
+
+def initial_adapter(base: BaseModel, lora: LoraSection, *, seed: int) -> AdapterState:
+    """Return PEFT's initial adapter (A random, B zero), the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with attached(base, lora) as model:
+            return read_adapter(model, lora, rank=lora.rank)
+
+
+@contextmanager
+def attached(base: BaseModel, lora: LoraSection, *, rank: int | None = None) -> Iterator[nn.Module]:
+    """Lend the base with fresh LoRA layers, float32, the only trainable parameters; take them off.
+
+    rank: another rank than lora.rank, for a site that can hold less.
+    Yields a peft.PeftModel. Raises ModelError when the LoRA setting does not fit the base.
+    """
+    from peft import get_peft_model
+
+    check_targets(base, lora, rank=rank or lora.rank)
+    if any(".lora_A." in name for name, _ in base.model.named_modules()):
+        raise ModelError("this base already carries an adapter; one is lent at a time")
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 a deprecated question, and says what it does for Conv1D.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        peft_model: Any = get_peft_model(
+            base.model, peft_config(lora, rank=rank), autocast_adapter_dtype=True
+        )
+    try:
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        yield peft_model
+    finally:
+        peft_model.unload()
+        base.model.requires_grad_(False)
+        for leftover in ("peft_config", "_hf_peft_config_loaded"):
+            if leftover in vars(base.model):
+                delattr(base.model, leftover)
+
+
+def peft_config(lora: LoraSection, *, rank: int | None = None) -> Any:
+    """Return PEFT's LoraConfig for a LoRA setting, optionally at another rank."""
+    from peft import LoraConfig
+
+    targets = lora.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank or lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=(
+            targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+        ),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias="none",
+    )
+
+
+def check_targets(base: BaseModel, lora: LoraSection, *, rank: int) -> None:
+    """Raise ModelError when no layer matches, or the rank is larger than a layer."""
+    layers = _linear_layers(base.model)
+    if lora.target_modules != "all-linear":
+        wanted = [target.strip() for target in lora.target_modules.split(",")]
+        unmatched = [t for t in wanted if not any(n.split(".")[-1] == t for n in layers)]
+        if unmatched:
+            found = sorted({name.split(".")[-1] for name in layers})
+            raise ModelError(
+                f"lora.target-modules {unmatched} match no layer; this model has {found}"
+            )
+        layers = {n: s for n, s in layers.items() if n.split(".")[-1] in wanted}
+    for name, (d_out, d_in) in layers.items():
+        if rank > min(d_out, d_in):
+            raise ModelError(
+                f"lora.rank = {rank} is larger than layer {name} ({d_out} x {d_in}); "
+                f"use at most {min(d_out, d_in)}"
+            )
+
+
+def read_adapter(model: nn.Module, lora: LoraSection, *, rank: int) -> AdapterState:
+    """Return a copy of the adapter on a lent model, float32, on the CPU."""
+    tensors = {
+        _wire_name(name): parameter.detach().to("cpu", torch.float32).numpy().copy()
+        for name, parameter in _lora_parameters(model).items()
+    }
+    return state_from_tensors(tensors, shape=_shape_of(model, lora, rank))
+
+
+def write_adapter(model: nn.Module, state: AdapterState) -> None:
+    """Copy an adapter into a lent model in place. Raises ModelError when it does not fit."""
+    tensors, parameters = state.tensors(), _lora_parameters(model)
+    if {_wire_name(name) for name in parameters} != set(tensors):
+        raise ModelError("the adapter's modules are not those of the model")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = torch.from_numpy(tensors[_wire_name(name)].copy())
+            if value.shape != parameter.shape:
+                raise ModelError(
+                    f"{name}: adapter {tuple(value.shape)}, model {tuple(parameter.shape)}"
+                )
+            parameter.copy_(value)
+
+
+def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name.removeprefix("_module."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def _wire_name(parameter_name: str) -> str:
+    return parameter_name.replace(".default.weight", ".weight")
+
+
+def _shape_of(model: nn.Module, lora: LoraSection, rank: int) -> AdapterShape:
+    sides: dict[str, dict[str, int]] = {}
+    for name, parameter in _lora_parameters(model).items():
+        module, factor = name.removeprefix("base_model.model.").split(".lora_")
+        sides.setdefault(module, {})[factor[0]] = parameter.shape[1 if factor[0] == "A" else 0]
+    scaling = lora_scaling(alpha=lora.alpha, rank=rank, use_rslora=lora.use_rslora)
+    return AdapterShape({n: (s["B"], s["A"]) for n, s in sides.items()}, rank, scaling)
+
+
+def _linear_layers(model: Any) -> dict[str, tuple[int, int]]:
+    """Module name -> (d_out, d_in) of the layers that "all-linear" means, output head left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            layers[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            layers[name] = (int(module.nf), int(module.nx))
+    return layers
+
+
+def _from_hub(name: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DIGESTED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.name = {name!r} is no folder here, and the hub gave no such model "
+            f"({type(error).__name__}); give the path of a local model folder"
+        ) from None
+
+
+@lru_cache(maxsize=64)
+def _file_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _load(
+    folder: str, digest: str, quantization: Quantization, compute_dtype: str, device_name: str
+) -> BaseModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    device = torch.device(device_name)
+    if compute_dtype == "auto":
+        compute_dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, compute_dtype)
+    quantized: Any = None
+    if quantization == "nf4":
+        quantized = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif quantization == "int8":
+        quantized = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantized,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": device},
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model folder {folder} could not be loaded: {error}") from None
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks NF4 weights for a bfloat16 kernel at the first
+        # inference: other numbers than in training, no way back, and an assertion for widths that 32
+        # does not divide (0.50).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.eval()
+    logger.info("loaded base model %s (%s, %s)", digest[:16], quantization, compute_dtype)
+    return BaseModel(model, tokenizer, digest, device)

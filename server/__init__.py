@@ -1,0 +1,12 @@
+"""What runs at the coordinator: rounds, screening, aggregation, evaluation, export."""
+
+from pathlib import Path
+
+import common
+
+# Flower unpacks the app bundle ahead of site-packages: code of one release must never meet another's.
+if Path(common.__file__).resolve().parent.parent != Path(__file__).resolve().parent.parent:
+    raise ImportError(
+        f"server ({Path(__file__).parent}) and common ({Path(common.__file__).parent}) are not from "
+        "the same folder; start it with the release's own environment"
+    )

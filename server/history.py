@@ -1,0 +1,52 @@
+"""history.jsonl: one line for every event of a run, durable before the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Event = Mapping[str, Any]
+Listener = Callable[[Event], None]
+
+
+class History:
+    """Appends events to a file and tells a listener.
+
+    Every event has `event` (its kind) and `time` (Unix seconds). Kinds: run-started, resumed, base,
+    waiting, sites, round-started, reply, refused, retry, round, finished, stopped.
+    """
+
+    def __init__(self, path: Path, *, listener: Listener = lambda event: None) -> None:
+        self._path = path
+        self._listener = listener
+
+    def record(self, event: str, **details: Any) -> None:
+        """Append one event. `round` events are fsynced: they are results."""
+        entry = {"event": event, "time": round(time.time(), 3), **details}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            if event == "round":
+                file.flush()
+                os.fsync(file.fileno())
+        self._listener(entry)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return every whole line so far; a last line cut by a crash is left out."""
+        return read_events(self._path)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events in a history file, [] when there is none."""
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events

@@ -1,0 +1,54 @@
+"""The roster: which sites the coordinator knows, and the key and public size pinned for each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.files import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class RosterEntry:
+    """One enrolled site: its name, Ed25519 public key (64 hex digits) and declared size."""
+
+    site: str
+    public_key: str
+    declared_size: int
+
+
+class Roster(Mapping[str, RosterEntry]):
+    """Site name -> entry, sorted by name."""
+
+    def __init__(self, entries: Iterable[RosterEntry]) -> None:
+        listed = sorted(entries, key=lambda entry: entry.site)
+        self._entries = {entry.site: entry for entry in listed}
+        if len(self._entries) != len(listed):
+            raise ConfigError("the roster names a site twice; every site needs a name of its own")
+
+    def __getitem__(self, site: str) -> RosterEntry:
+        return self._entries[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def save(self, path: Path) -> None:
+        """Write the roster as JSON."""
+        content = [asdict(entry) for entry in self.values()]
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Roster:
+        """Return a saved roster. Raises ConfigError when it is missing or malformed."""
+        try:
+            return cls(RosterEntry(**entry) for entry in json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ConfigError(f"no roster at {path}; enrol a site first") from None
+        except (ValueError, TypeError):
+            raise ConfigError(f"{path} is not a roster; restore it from a backup") from None

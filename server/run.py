@@ -1,0 +1,216 @@
+"""A whole run at the coordinator: start or resume, rounds, merge, evaluate, checkpoint, export."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from common.adapter import AdapterState
+from common.config import RunConfig
+from common.metrics import LanguageMetrics
+from common.model import adapter_shape, choose_device, initial_adapter, load_base, resolve_model
+from common.signing import SigningKey
+from server.aggregation import METHODS, SiteUpdate
+from server.checkpoint import Checkpoint, load_latest, save_checkpoint
+from server.evaluation import evaluate, load_central_examples
+from server.export import export_adapter
+from server.history import History, Listener
+from server.messenger import Messenger
+from server.roster import Roster
+from server.rounds import Federation, RoundReplies
+from server.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Everything that a run at the coordinator starts from.
+
+    models: model.name -> folder. central_files: records for central evaluation, [] for none.
+    resume: continue from the newest checkpoint in `folder`.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    key: SigningKey
+    roster: Roster
+    models: dict[str, Path]
+    central_files: Sequence[Path] = ()
+    resume: bool = False
+
+
+def run_federation(
+    grid: Grid, plan: RunPlan, *, listener: Listener = lambda event: None
+) -> dict[str, Any]:
+    """Run every round that is left and return what summary.json then holds.
+
+    listener: is told every event of history.jsonl. Raises ConsiliumError with what was saved intact.
+    """
+    started = time.monotonic()
+    config, folder = plan.config, plan.folder
+    history = History(folder.history, listener=listener)
+    base = load_base(
+        resolve_model(config.model, known=plan.models, hub=True),
+        config.model,
+        device=choose_device(),
+    )
+    shape = adapter_shape(base, config.lora)
+    examples = load_central_examples(plan.central_files, config, base=base)
+
+    def measure(adapter: AdapterState | None) -> LanguageMetrics | None:
+        if examples is None:
+            return None
+        return evaluate(
+            base,
+            examples,
+            adapter=adapter,
+            lora=config.lora,
+            batch_size=config.evaluation.batch_size,
+        )
+
+    checkpoint = load_latest(folder.checkpoints, shape=shape) if plan.resume else None
+    if checkpoint is not None:
+        progress = checkpoint.progress
+        current, done = checkpoint.adapter, checkpoint.server_round
+        history.record("resumed", round=done, rounds=config.train.rounds)
+    else:
+        current, done = initial_adapter(base, config.lora, seed=config.train.seed), 0
+        history.record(
+            "run-started", run=folder.run_uid, rounds=config.train.rounds, base=base.digest
+        )
+        progress = _new_progress(folder.run_uid, config, measure(None))
+        history.record("base", **progress["central"]["base"])
+    wall_before_s = float(progress["wall_s"])
+
+    federation = Federation(
+        Messenger(grid),
+        config=config,
+        run_uid=folder.run_uid,
+        key=plan.key,
+        roster=plan.roster,
+        base_digest=base.digest,
+        shape=shape,
+        history=history,
+    )
+    for server_round in range(done + 1, config.train.rounds + 1):
+        replies = federation.run_round(current, server_round=server_round)
+        merge_started = time.monotonic()
+        merged = METHODS[config.aggregation.method](current, _site_updates(replies, plan))
+        current = merged.state
+        merge_s = time.monotonic() - merge_started
+        evaluate_started = time.monotonic()
+        last = server_round == config.train.rounds
+        due = last or server_round % config.evaluation.every == 0
+        metrics = measure(current) if due else None
+        entry = _round_entry(
+            server_round,
+            replies,
+            metrics,
+            discarded_energy=merged.total_discarded,
+            merge_s=merge_s,
+            evaluate_s=time.monotonic() - evaluate_started,
+        )
+        _add_round(progress, entry, replies, metrics)
+        progress["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
+        save_checkpoint(
+            folder.checkpoints,
+            Checkpoint(server_round, current, progress),
+            keep=config.checkpoint.keep,
+        )
+        history.record("round", **entry, privacy=progress["privacy"])
+
+    export_adapter(
+        current,
+        folder.adapter,
+        lora=config.lora,
+        base_name=config.model.name,
+    )
+    progress["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
+    folder.write_summary(progress)
+    history.record("finished", folder=str(folder.path))
+    return progress
+
+
+def _site_updates(replies: RoundReplies, plan: RunPlan) -> list[SiteUpdate]:
+    by_size = plan.config.aggregation.weighting == "declared-size"
+    return [
+        SiteUpdate(
+            update.site,
+            float(plan.roster[update.site].declared_size) if by_size else 1.0,
+            sent=replies.sent[update.site],
+            returned=update.state,
+        )
+        for update in replies.updates
+    ]
+
+
+def _new_progress(run_uid: str, config: RunConfig, base: LanguageMetrics | None) -> dict[str, Any]:
+    return {
+        "run": run_uid,
+        "rounds_planned": config.train.rounds,
+        "method": config.aggregation.method,
+        "sites": [],
+        "wall_s": 0.0,
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "central": {"base": asdict(base) if base else {}, "final": {}},
+        "rounds": [],
+        "privacy": {},
+    }
+
+
+def _round_entry(
+    server_round: int,
+    replies: RoundReplies,
+    metrics: LanguageMetrics | None,
+    *,
+    discarded_energy: float,
+    merge_s: float,
+    evaluate_s: float,
+) -> dict[str, Any]:
+    reported = [update.numbers.get("train-seconds", 0.0) for update in replies.updates]
+    train_s = min(max(reported, default=0.0), replies.seconds)
+    return {
+        "round": server_round,
+        "loss": metrics.loss if metrics else None,
+        "replies": len(replies.updates),
+        "sites": [update.site for update in replies.updates],
+        "refused": dict(replies.refused),
+        "attempts": replies.attempts,
+        "discarded_energy": discarded_energy,
+        "bytes_up": replies.bytes_up,
+        "bytes_down": replies.bytes_down,
+        "seconds": {
+            "train": round(train_s, 3),
+            "wait": round(replies.seconds - train_s, 3),
+            "merge": round(merge_s, 3),
+            "evaluate": round(evaluate_s, 3),
+        },
+    }
+
+
+def _add_round(
+    progress: dict[str, Any],
+    entry: dict[str, Any],
+    replies: RoundReplies,
+    metrics: LanguageMetrics | None,
+) -> None:
+    progress["rounds"].append(entry)
+    progress["sites"] = sorted({*progress["sites"], *entry["sites"]})
+    progress["bytes_up"] += replies.bytes_up
+    progress["bytes_down"] += replies.bytes_down
+    if metrics is not None:
+        progress["central"]["final"] = asdict(metrics)
+    for update in replies.updates:
+        if update.privacy is not None:
+            row = asdict(update.privacy)
+            row["epsilon"] = None if math.isinf(row["epsilon"]) else row["epsilon"]
+            progress["privacy"][update.site] = row

@@ -1,0 +1,109 @@
+"""The folder that a run writes, and who may write into it.
+
+RUN_DIR/ run.toml  history.jsonl  checkpoints/round-0003/  adapter/  summary.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from common.config import RunConfig, flatten, read_toml
+from common.errors import CheckpointError
+from common.files import write_atomically
+
+_OWN = ("run.toml", "history.jsonl", "checkpoints", "adapter", "summary.json")
+# May differ between a run and its resumption.
+_MAY_CHANGE = ("federation.", "evaluation.", "checkpoint.", "export.", "train.micro-batch-size")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run. `run_uid` is made once and kept on resume."""
+
+    path: Path
+    run_uid: str
+
+    @property
+    def history(self) -> Path:
+        """One line for each event."""
+        return self.path / "history.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder for each kept round."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The exported PEFT folder."""
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        """The run in numbers."""
+        return self.path / "summary.json"
+
+    def write_summary(self, content: dict[str, Any]) -> None:
+        """Write summary.json atomically."""
+        write_atomically(self.summary, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def open_run_folder(
+    path: Path, config: RunConfig, *, resume: bool = False, force: bool = False
+) -> RunFolder:
+    """Return the folder of a new run, or of one to resume.
+
+    force: throw an earlier run in it away (its own files only).
+    Raises CheckpointError when it holds a run and neither is given, when there is nothing to resume,
+    or when the settings to resume with are not those that the run began with.
+    """
+    run_file = path / "run.toml"
+    if resume:
+        if not run_file.exists():
+            raise CheckpointError(f"{path} holds no run to resume; start one without --resume")
+        saved = flatten(read_toml(run_file))
+        run_uid = str(saved.get("run.uid", ""))
+        before, now = RunConfig.parse(saved).flat(), config.flat()
+        changed = [
+            key
+            for key in now
+            if now[key] != before[key] and key != "run.uid" and not key.startswith(_MAY_CHANGE)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{path} was begun with other settings: {', '.join(changed)}; "
+                "resume with the same ones, or start a new run in another folder"
+            )
+        return RunFolder(path, run_uid)
+    if any((path / name).exists() for name in _OWN):
+        if not force:
+            raise CheckpointError(
+                f"{path} already holds a run; continue it with --resume, replace it with --force, "
+                "or choose another folder"
+            )
+        for name in _OWN:
+            target = path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
+    run_uid = config.run.uid or uuid.uuid4().hex
+    write_atomically(run_file, run_toml({**config.flat(), "run.uid": run_uid}).encode())
+    return RunFolder(path, run_uid)
+
+
+def run_toml(flat: dict[str, Any]) -> str:
+    """Return dotted keys as a RUN.toml with tables."""
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return tomli_w.dumps(tree)

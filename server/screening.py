@@ -1,0 +1,69 @@
+"""Every reply is screened before any arithmetic: what does not fit is refused and named.
+
+A refusal costs the site its place in the round and never ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.adapter import AdapterShape, AdapterState, digest_tensors, from_safetensors
+from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureError
+from common.records import Envelope, PrivacyRow, Reply, Task, open_reply
+from server.roster import Roster
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedUpdate:
+    """A reply that passed: who sent it, its adapter, its numbers and what it says of its privacy."""
+
+    site: str
+    state: AdapterState
+    numbers: Mapping[str, float]
+    privacy: PrivacyRow | None
+    size_bytes: int
+
+
+def screen_reply(envelope: Envelope, *, task: Task, site: str, roster: Roster) -> Reply:
+    """Return a reply that is truly `site`'s answer to `task`.
+
+    Raises ScreeningError with reason "unknown-site", "signature", "protocol", or the site's own error
+    code as "site-<code>" when it answers that it could not do the task.
+    """
+    entry = roster.get(site)
+    if entry is None:
+        raise ScreeningError("unknown-site", f"site {site!r} is not on the roster; enrol it first")
+    try:
+        reply = open_reply(envelope, task=task, site=site, public_hex=entry.public_key)
+    except SignatureError as error:
+        raise ScreeningError("signature", str(error)) from None
+    except ProtocolError as error:
+        raise ScreeningError("protocol", str(error)) from None
+    if reply.error_code:
+        raise ScreeningError(
+            f"site-{reply.error_code}",
+            f"{site} answered with error code {reply.error_code!r}; ask the site for log entry "
+            f"{reply.correlation_id}",
+        )
+    return reply
+
+
+def screen_update(
+    envelope: Envelope, *, task: Task, site: str, roster: Roster, shape: AdapterShape
+) -> AcceptedUpdate:
+    """Return the update in a reply to a train task.
+
+    shape: what the site was asked to train. Raises ScreeningError as `screen_reply` does, and with
+    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest" or "not-finite".
+    """
+    reply = screen_reply(envelope, task=task, site=site, roster=roster)
+    try:
+        state = from_safetensors(envelope.adapter, shape=shape)
+    except (ProtocolError, ShapeError) as error:
+        raise ScreeningError("adapter", f"{site}: {error}") from None
+    if digest_tensors(state.tensors()) != reply.adapter_digest:
+        raise ScreeningError("digest", f"{site}: the adapter is not the one that was signed")
+    if not state.is_finite():
+        raise ScreeningError("not-finite", f"{site}: the adapter holds NaN or infinity")
+    return AcceptedUpdate(site, state, reply.numbers, reply.privacy, envelope.size_bytes)

@@ -1,0 +1,1 @@
+"""Many simulated hospitals on one machine, with the same server and client code."""

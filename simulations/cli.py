@@ -1,0 +1,226 @@
+"""`consilium simulate ...` and `consilium demo`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.cli import console
+from common.config import flatten, load_run_config, read_toml
+from common.errors import ConsiliumError
+from server.history import Listener
+from simulations.compare import Arm, Comparison, comparison_table, run_comparison
+from simulations.progress import RunProgress
+from simulations.run import EngineName, Simulation, run_simulation
+from simulations.scenario import (
+    OwnData,
+    PartitionName,
+    write_own_scenario,
+    write_synthetic_scenario,
+)
+from simulations.sites import find_sites
+from simulations.synthetic import SyntheticSpec
+
+app = typer.Typer(no_args_is_help=True, help="Many hospitals on one machine, for research.")
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+
+RunFile = Annotated[Path, typer.Argument(help="RUN.toml")]
+SitesFrom = Annotated[
+    Path | None,
+    typer.Option(help="Folder of site folders or JSONL files; default: sites/ beside RUN.toml."),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, may be repeated.")]
+Force = Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make the scenario in.")],
+    sites: Annotated[int, typer.Option(help="Number of hospitals.")] = 4,
+    seed: Annotated[int, typer.Option(help="Same seed, same scenario.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="Your own data set; without it, synthetic hospitals.")
+    ] = None,
+    partition: Annotated[PartitionName, typer.Option(help="How to cut your data.")] = "iid",
+    column: Annotated[str, typer.Option(help="The column to cut by (dirichlet, column).")] = "",
+    concentration: Annotated[float, typer.Option(help="Dirichlet: smaller is more skewed.")] = 0.5,
+    test_share: Annotated[float, typer.Option(help="Share held back as central test set.")] = 0.1,
+) -> None:
+    """Make a scenario to start from: run.toml, sites and a central test set."""
+    config = load_run_config(SCENARIOS / "synthetic.toml")
+    if data is None:
+        written = write_synthetic_scenario(
+            folder, SyntheticSpec(num_sites=sites, seed=seed), config
+        )
+    else:
+        own = OwnData(
+            data,
+            partition=partition,
+            num_sites=sites,
+            column=column,
+            concentration=concentration,
+            test_share=test_share,
+            seed=seed,
+        )
+        written = write_own_scenario(folder, own, config)
+    console.print(f"Wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
+    console.print(f"Next: consilium simulate run {folder / 'run.toml'}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    run_file: RunFile,
+    sites_from: SitesFrom = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="inline: this process; flower: Ray, through a SuperLink.")
+    ] = "inline",
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/NAME-OF-RUN-FILE.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint.")] = False,
+    force: Force = False,
+) -> None:
+    """Run a federation of simulated hospitals."""
+    out = out or Path("runs") / run_file.stem
+    sources = find_sites(sites_from or run_file.parent / "sites")
+    simulation = Simulation(
+        config=load_run_config(run_file, overrides=overrides or ()),
+        sources=sources,
+        out=out,
+        base_dir=run_file.resolve().parent,
+        engine=engine,
+        resume=resume,
+        force=force,
+    )
+    with _saved_on_interrupt(out), _progress(run_file.stem, len(sources)) as listener:
+        summary = run_simulation(simulation, listener=listener)
+    _print_summary(summary)
+    console.print(
+        f"Wrote {out}: adapter/, summary.json, history.jsonl, checkpoints/", soft_wrap=True
+    )
+
+
+@app.command()
+def compare(
+    run_file: RunFile,
+    sites_from: SitesFrom = None,
+    dp: Annotated[
+        Path | None, typer.Option(help="TOML of what else differs in the arm with DP.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds; more show the spread.")] = 1,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/NAME-comparison.")] = None,
+    pooled: Annotated[bool, typer.Option(help="Also train on all records in one place.")] = True,
+    force: Force = False,
+) -> None:
+    """Compare untouched base, each site alone, federated, federated with DP, pooled."""
+    out = out or Path("runs") / f"{run_file.stem}-comparison"
+    _compare(
+        Comparison(
+            config=load_run_config(run_file, overrides=overrides or ()),
+            sources=tuple(find_sites(sites_from or run_file.parent / "sites")),
+            out=out,
+            base_dir=run_file.resolve().parent,
+            seeds=tuple(range(seeds)),
+            dp_changes=flatten(read_toml(dp)) if dp else None,
+            pooled=pooled,
+            force=force,
+        )
+    )
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/demo"),
+    force: Force = False,
+) -> None:
+    """Four simulated hospitals fine-tune the embedded model together, with and without DP."""
+    scenario = out / "scenario"
+    if not (scenario / "run.toml").exists():
+        write_synthetic_scenario(
+            scenario, SyntheticSpec(num_sites=4), load_run_config(SCENARIOS / "demo.toml")
+        )
+    _compare(
+        Comparison(
+            config=load_run_config(scenario / "run.toml"),
+            sources=tuple(find_sites(scenario / "sites")),
+            out=out,
+            base_dir=scenario.resolve(),
+            dp_changes=flatten(read_toml(SCENARIOS / "demo-dp.toml")),
+            pooled=False,
+            force=force,
+        )
+    )
+
+
+def _compare(comparison: Comparison) -> None:
+    running: list[RunProgress] = []
+
+    def watch(arm: Arm, seed: int) -> Listener:
+        for earlier in running:
+            earlier.__exit__(None, None, None)
+        running.clear()
+        title = arm.name if len(comparison.seeds) == 1 else f"{arm.name} (seed {seed})"
+        view = RunProgress(f"{title:<20}", console=console, expected_sites=len(arm.sources))
+        running.append(view.__enter__())
+        return view
+
+    with _saved_on_interrupt(comparison.out):
+        try:
+            results = run_comparison(comparison, watch=watch)
+        finally:
+            for view in running:
+                view.__exit__(None, None, None)
+    console.print(comparison_table(results))
+    console.print(
+        f"Wrote {comparison.out}: comparison.csv, comparison.json, runs/ (each with its adapter)",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _progress(title: str, expected_sites: int) -> Iterator[Listener]:
+    with RunProgress(title, console=console, expected_sites=expected_sites) as view:
+        yield view
+
+
+@contextmanager
+def _saved_on_interrupt(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, ConsiliumError):
+        rounds = sorted(path.name for path in out.glob("checkpoints/round-*"))
+        if rounds:
+            console.print(f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume")
+        raise
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    central, rounds = summary["central"], summary["rounds"]
+    if central["final"]:
+        base, final = central["base"]["loss"], central["final"]["loss"]
+        console.print(
+            f"Central loss {base:.3f} -> {final:.3f} ({final / base - 1:+.0%}), perplexity "
+            f"{central['base']['perplexity']:.1f} -> {central['final']['perplexity']:.1f}"
+        )
+    epsilons = {
+        site: row["epsilon"]
+        for site, row in summary["privacy"].items()
+        if row["epsilon"] is not None
+    }
+    if epsilons:
+        delta = next(iter(summary["privacy"].values()))["delta"]
+        worst = max(epsilons.values(), default=math.inf)
+        console.print(
+            f"Epsilon at most {worst:.2f} at delta {delta:g}, at each of {len(epsilons)} sites"
+        )
+    else:
+        console.print("Trained without differential privacy")
+    console.print(
+        f"{len(rounds)} rounds, {len(summary['sites'])} sites, {summary['wall_s']:.0f} s, "
+        f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down"
+    )

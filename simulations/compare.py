@@ -1,0 +1,255 @@
+"""What federation is worth: untouched base, each site alone, federated, federated with DP, pooled.
+
+Every arm is a run like any other, with as many optimizer steps for each model that is trained; arms
+differ in which sites take part and in privacy. Each arm starts with fresh site folders, so that one
+arm's budget is no other's.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from common.config import RunConfig, Scalar
+from common.dataset import Columns, load_records
+from common.errors import ConfigError
+from common.files import write_atomically
+from server.history import Listener
+from simulations.run import Simulation, run_simulation
+from simulations.sites import SourceSite
+
+ALONE, FEDERATED, FEDERATED_DP, POOLED, BASE = (
+    "alone",
+    "federated",
+    "federated with DP",
+    "pooled",
+    "untouched base",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One run of a comparison: its kind, which sites take part, what differs from RUN.toml."""
+
+    kind: str
+    name: str
+    sources: tuple[SourceSite, ...]
+    changes: Mapping[str, Scalar]
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """What one arm gave for one seed; epsilon is the largest over sites, None without DP."""
+
+    kind: str
+    name: str
+    seed: int
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    epsilon: float | None
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare. dp_changes: what else differs from RUN.toml in the arm with DP.
+
+    pooled: whether to train on all records in one place, which no hospital would allow.
+    """
+
+    config: RunConfig
+    sources: tuple[SourceSite, ...]
+    out: Path
+    base_dir: Path
+    seeds: tuple[int, ...] = (0,)
+    dp_changes: Mapping[str, Scalar] | None = None
+    pooled: bool = True
+    force: bool = False
+
+
+def run_comparison(
+    comparison: Comparison, *, watch: Callable[[Arm, int], Listener]
+) -> list[ArmResult]:
+    """Run every arm for every seed and return the results, the untouched base first.
+
+    watch: is told of each arm and seed, and returns the listener of its events.
+    Writes runs/, comparison.csv and comparison.json into the folder.
+    Raises ConfigError when the folder holds a comparison, or nothing to evaluate on is given.
+    """
+    out = comparison.out
+    if (out / "comparison.csv").exists() and not comparison.force:
+        raise ConfigError(f"{out} already holds a comparison; use --force or another folder")
+    if not comparison.config.evaluation.central_data:
+        raise ConfigError("evaluation.central-data is empty: there is nothing to compare on")
+    out.mkdir(parents=True, exist_ok=True)
+    arms = plan_arms(comparison)
+    results: list[ArmResult] = []
+    for seed in comparison.seeds:
+        for number, arm in enumerate(arms):
+            config = comparison.config.replace({**arm.changes, "train.seed": seed})
+            summary = run_simulation(
+                Simulation(
+                    config=config,
+                    sources=arm.sources,
+                    out=out / "runs" / f"seed-{seed}" / arm.name.replace(" ", "-"),
+                    base_dir=comparison.base_dir,
+                    force=comparison.force,
+                ),
+                listener=watch(arm, seed),
+            )
+            if number == 0:
+                results.append(_result(BASE, BASE, seed, summary["central"]["base"], None, 0.0))
+            epsilons = [row["epsilon"] for row in summary["privacy"].values()]
+            known = [epsilon for epsilon in epsilons if epsilon is not None]
+            results.append(
+                _result(
+                    arm.kind,
+                    arm.name,
+                    seed,
+                    summary["central"]["final"],
+                    max(known) if known else None,
+                    summary["wall_s"],
+                )
+            )
+    write_atomically(out / "comparison.csv", _csv(results).encode())
+    write_atomically(out / "comparison.json", json.dumps(_by_arm(results), indent=2).encode())
+    return results
+
+
+def plan_arms(comparison: Comparison) -> list[Arm]:
+    """Return the arms of a comparison, in the order in which they run."""
+    everyone, count = comparison.sources, len(comparison.sources)
+    last_only = {"evaluation.every": comparison.config.train.rounds}
+    without_dp: dict[str, Scalar] = {**last_only, "privacy.unit": "none"}
+    one_site: dict[str, Scalar] = {
+        **without_dp,
+        "federation.min-sites": 1,
+        "federation.quorum": 0,
+        "federation.fraction": 1.0,
+    }
+    all_sites = {"federation.min-sites": count}
+    arms = [Arm(ALONE, f"{source.name} alone", (source,), one_site) for source in everyone]
+    arms.append(Arm(FEDERATED, FEDERATED, everyone, {**without_dp, **all_sites}))
+    unit = comparison.config.privacy.unit
+    dp: dict[str, Scalar] = {
+        **last_only,
+        **all_sites,
+        "privacy.unit": "record" if unit == "none" else unit,
+        **(comparison.dp_changes or {}),
+    }
+    arms.append(Arm(FEDERATED_DP, FEDERATED_DP, everyone, dp))
+    if comparison.pooled:
+        pooled = _pool(everyone, comparison.out / "pooled", split=comparison.config.data.split)
+        arms.append(Arm(POOLED, POOLED, (pooled,), one_site))
+    return arms
+
+
+def comparison_table(results: Sequence[ArmResult]) -> Table:
+    """Return the results as a table: mean over seeds, spread where there is more than one."""
+    seeds = len({result.seed for result in results})
+    table = Table(title=f"Central test set, {seeds} seed{'s' if seeds > 1 else ''}")
+    table.add_column("model")
+    for column in ("loss", "perplexity", "token accuracy", "epsilon", "seconds"):
+        table.add_column(column, justify="right")
+    base = statistics.fmean(r.loss for r in results if r.kind == BASE)
+    for label, rows in _groups(results):
+        losses = [row.loss for row in rows]
+        change = "" if rows[0].kind == BASE else f" ({statistics.fmean(losses) / base - 1:+.0%})"
+        spread = ""
+        if seeds > 1 and len(rows) > 1:
+            spread = f" ± {statistics.stdev(losses):.3f}"
+        epsilons = [row.epsilon for row in rows if row.epsilon is not None]
+        seconds = statistics.fmean(row.wall_s for row in rows)
+        table.add_row(
+            label,
+            f"{statistics.fmean(losses):.3f}{spread}{change}",
+            f"{statistics.fmean(row.perplexity for row in rows):.2f}",
+            f"{statistics.fmean(row.token_accuracy for row in rows):.3f}",
+            f"{max(epsilons):.2f}" if epsilons else "-",
+            "-" if rows[0].kind == BASE else f"{seconds:.1f}",
+            style="bold" if rows[0].kind in (FEDERATED, FEDERATED_DP) else None,
+        )
+    return table
+
+
+def mean_loss(results: Sequence[ArmResult], kind: str) -> float:
+    """Return the mean loss of all arms of a kind, over all seeds."""
+    return statistics.fmean(result.loss for result in results if result.kind == kind)
+
+
+def _groups(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
+    names = list(dict.fromkeys(result.name for result in results))
+    groups = [(name, [r for r in results if r.name == name]) for name in names]
+    alone = [result for result in results if result.kind == ALONE]
+    if len({result.name for result in alone}) > 1:
+        position = 1 + max(i for i, (_, rows) in enumerate(groups) if rows[0].kind == ALONE)
+        groups.insert(position, ("mean of the sites alone", alone))
+    return groups
+
+
+def _result(
+    kind: str,
+    name: str,
+    seed: int,
+    metrics: Mapping[str, float],
+    epsilon: float | None,
+    wall_s: float,
+) -> ArmResult:
+    return ArmResult(
+        kind,
+        name,
+        seed,
+        metrics["loss"],
+        metrics["perplexity"],
+        metrics["token_accuracy"],
+        epsilon,
+        wall_s,
+    )
+
+
+def _csv(results: Sequence[ArmResult]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(ArmResult.__slots__)
+    writer.writerow(names)
+    for result in results:
+        writer.writerow(["" if (v := getattr(result, n)) is None else v for n in names])
+    return text.getvalue()
+
+
+def _by_arm(results: Sequence[ArmResult]) -> dict[str, Any]:
+    return {
+        label: {
+            "loss": statistics.fmean(row.loss for row in rows),
+            "losses": [row.loss for row in rows],
+            "wall_s": statistics.fmean(row.wall_s for row in rows),
+        }
+        for label, rows in _groups(results)
+    }
+
+
+def _pool(sources: Sequence[SourceSite], folder: Path, *, split: str) -> SourceSite:
+    """Write every site's usable records into one JSONL file, the pooled arm's only site."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for source in sources:
+        columns = Columns(**dict(source.settings.get("data", {}).get("columns", {})))
+        for prompt in load_records(source.data, columns=columns, split=split).prompts:
+            row = {
+                "instruction": prompt.instruction,
+                "input": prompt.input,
+                "output": prompt.output,
+            }
+            lines.append(json.dumps(row))
+    path = folder / "pooled.jsonl"
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    return SourceSite("pooled", path.resolve())

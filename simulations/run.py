@@ -1,0 +1,172 @@
+"""One simulated run: sites, keys and roster made in the run's folder, then an engine runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import client.app
+from client.app import SITES_VARIABLE
+from common.config import RunConfig
+from common.errors import CheckpointError, ConfigError, EngineError
+from common.model import digest_model, resolve_model
+from common.signing import load_or_generate
+from server.evaluation import central_files
+from server.history import Listener, read_events
+from server.launch import LAUNCH_VARIABLE, Launch, split_settings
+from server.run import RunPlan, run_federation
+from server.run_folder import RunFolder, open_run_folder
+from simulations.embedded import embedded_model_dir
+from simulations.flower import FlowerEngine, run_on_flower
+from simulations.inline import InlineGrid
+from simulations.sites import BaseModelFolder, SourceSite, prepare_sites
+
+EngineName = Literal["inline", "flower"]
+
+# The app bundle: the folder whose pyproject.toml describes it.
+APP_DIR = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a simulated run starts from.
+
+    sources: the sites. out: the run's folder. base_dir: what relative paths in the config (model.name,
+    evaluation.central-data) are relative to. num_cpus, num_gpus: for Flower's engine.
+    """
+
+    config: RunConfig
+    sources: Sequence[SourceSite]
+    out: Path
+    base_dir: Path
+    engine: EngineName = "inline"
+    resume: bool = False
+    force: bool = False
+    num_cpus: int = 2
+
+
+def run_simulation(
+    simulation: Simulation, *, listener: Listener = lambda event: None
+) -> dict[str, Any]:
+    """Run a simulation to its end and return its summary.json.
+
+    listener: is told every event of history.jsonl. Everything that a bad setting can break is checked
+    before anything is written. Raises ConsiliumError.
+    """
+    config, model = resolve_base(simulation.config, base_dir=simulation.base_dir)
+    sites = len(simulation.sources)
+    if config.federation.min_sites > sites:
+        raise ConfigError(
+            f"federation.min-sites = {config.federation.min_sites}, but there are {sites} sites; "
+            "lower it or add sites"
+        )
+    files = [
+        path.resolve()
+        for path in central_files(config.evaluation.central_data, relative_to=simulation.base_dir)
+    ]
+    out = simulation.out.resolve()
+    folder = open_run_folder(out, config, resume=simulation.resume, force=simulation.force)
+    home = out / "simulation"
+    key_path = home / "coordinator" / "signing.pem"
+    key = load_or_generate(key_path)
+    roster = prepare_sites(
+        simulation.sources,
+        home / "sites",
+        model=model,
+        coordinator_public_key=key.public_hex,
+        split=config.data.split,
+    )
+    if simulation.engine == "inline":
+        plan = RunPlan(
+            config=config,
+            folder=folder,
+            key=key,
+            roster=roster,
+            models={model.name: model.path},
+            central_files=files,
+            resume=simulation.resume,
+        )
+        return _run_inline(plan, home / "sites", listener)
+    roster_path = home / "coordinator" / "roster.json"
+    roster.save(roster_path)
+    shared, private = split_settings(config)
+    Launch(
+        run_dir=str(out),
+        key=str(key_path),
+        roster=str(roster_path),
+        models={model.name: str(model.path)},
+        central_files=tuple(map(str, files)),
+        settings=private,
+        resume=True,
+    ).save(home / "coordinator", folder.run_uid)
+    return _run_flower(simulation, folder, home, {**shared, "run.uid": folder.run_uid}, listener)
+
+
+def resolve_base(config: RunConfig, *, base_dir: Path) -> tuple[RunConfig, BaseModelFolder]:
+    """Return the config with model.name as a plain name, and the folder that it stands for.
+
+    "embedded" is the model that comes with the project; a path is relative to base_dir.
+    Raises ModelError when it is not a usable model folder.
+    """
+    name = config.model.name
+    known = {"embedded": embedded_model_dir()}
+    if (base_dir / name).is_dir():
+        known[name] = base_dir / name
+    path = resolve_model(config.model, known=known, hub=True)
+    plain = config.replace(
+        {"model.name": path.name if name in known and name != "embedded" else name}
+    )
+    return plain, BaseModelFolder(plain.model.name, path, digest_model(path))
+
+
+def _run_inline(plan: RunPlan, sites: Path, listener: Listener) -> dict[str, Any]:
+    client.app.open_site.cache_clear()
+    grid = InlineGrid(client.app.app, sorted(path for path in sites.iterdir() if path.is_dir()))
+    try:
+        return run_federation(grid, plan, listener=listener)
+    finally:
+        client.app.open_site.cache_clear()
+
+
+def _run_flower(
+    simulation: Simulation,
+    folder: RunFolder,
+    home: Path,
+    run_config: dict[str, Any],
+    listener: Listener,
+) -> dict[str, Any]:
+    seen = len(read_events(folder.history))
+
+    def follow() -> None:
+        nonlocal seen
+        events = read_events(folder.history)
+        for event in events[seen:]:
+            listener(event)
+        seen = len(events)
+
+    engine = FlowerEngine(
+        app_dir=APP_DIR,
+        state_dir=home / "flower",
+        num_sites=len(simulation.sources),
+        num_cpus=simulation.num_cpus,
+    )
+    environment = {
+        LAUNCH_VARIABLE: str(home / "coordinator"),
+        SITES_VARIABLE: str(home / "sites"),
+    }
+    try:
+        run_on_flower(engine, run_config=run_config, environment=environment, on_poll=follow)
+    except EngineError as error:
+        stopped = [e for e in read_events(folder.history) if e["event"] == "stopped"]
+        if stopped:
+            raise EngineError(
+                f"the run stopped ({stopped[-1]['code']}): {stopped[-1]['message']}"
+            ) from error
+        raise
+    if not folder.summary.exists():
+        raise CheckpointError(f"Flower calls the run completed, but {folder.summary} is missing")
+    summary: dict[str, Any] = json.loads(folder.summary.read_text())
+    return summary

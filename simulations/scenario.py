@@ -1,0 +1,153 @@
+"""A scenario folder to start from: run.toml, sites/, central.jsonl.
+
+Synthetic hospitals, or one's own data set cut into sites.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from client.site_config import SITE_FILE
+from common.config import RunConfig, Scalar
+from common.dataset import load_rows
+from common.errors import ConfigError
+from common.files import write_atomically
+from server.run_folder import run_toml
+from simulations.partition import partition_by_column, partition_dirichlet, partition_iid
+from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
+
+PartitionName = Literal["iid", "dirichlet", "column"]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnData:
+    """One's own data set and how to cut it.
+
+    column: what dirichlet and column cut by. concentration: Dirichlet's; smaller is more skewed.
+    test_share: of all records, held back as the central test set.
+    """
+
+    path: Path
+    partition: PartitionName = "iid"
+    num_sites: int = 4
+    column: str = ""
+    concentration: float = 0.5
+    test_share: float = 0.1
+    seed: int = 0
+
+
+def write_synthetic_scenario(folder: Path, spec: SyntheticSpec, config: RunConfig) -> list[Path]:
+    """Write synthetic hospitals and a run.toml; return what was written.
+
+    Raises ConfigError when the folder holds a scenario already.
+    """
+    _refuse_existing(folder)
+    hospitals = generate_hospitals(spec)
+    for name, records in hospitals.sites.items():
+        write_jsonl(records, folder / "sites" / name / "records.jsonl")
+        _write_site_toml(folder / "sites" / name, name, len(records))
+    write_jsonl(hospitals.central_test, folder / "central.jsonl")
+    return _finish(folder, config, num_sites=len(hospitals.sites))
+
+
+def write_own_scenario(folder: Path, data: OwnData, config: RunConfig) -> list[Path]:
+    """Cut one's own data set into sites and write a run.toml; return what was written.
+
+    Raises ConfigError when the folder holds a scenario already or the cut is impossible, DataError
+    when the data cannot be read.
+    """
+    _refuse_existing(folder)
+    rows = load_rows(data.path)
+    held_back = partition_iid(len(rows), num_sites=len(rows), seed=data.seed)
+    num_test = round(data.test_share * len(rows))
+    if not 0 < num_test < len(rows):
+        raise ConfigError(
+            f"a test share of {data.test_share} of {len(rows)} records is {num_test}; choose a share "
+            "that leaves records on both sides"
+        )
+    test = {index for (index,) in held_back[:num_test]}
+    rest = [row for index, row in enumerate(rows) if index not in test]
+    for name, indices in _cut(rest, data).items():
+        home = folder / "sites" / name
+        home.mkdir(parents=True)
+        _write_rows(home / "records.jsonl", [rest[index] for index in indices])
+        _write_site_toml(home, name, len(indices))
+    _write_rows(folder / "central.jsonl", [rows[index] for index in sorted(test)])
+    return _finish(folder, config, num_sites=len(list((folder / "sites").iterdir())))
+
+
+def _cut(rows: Sequence[Mapping[str, Any]], data: OwnData) -> dict[str, Sequence[int]]:
+    try:
+        if data.partition == "iid":
+            parts = partition_iid(len(rows), num_sites=data.num_sites, seed=data.seed)
+        else:
+            missing = sum(data.column not in row for row in rows)
+            if missing:
+                raise ConfigError(
+                    f"column {data.column!r} is missing in {missing} of {len(rows)} records; name "
+                    "one that every record has with --column"
+                )
+            labels = [str(row[data.column]) for row in rows]
+            if data.partition == "column":
+                return {
+                    _site_name(name): part for name, part in partition_by_column(labels).items()
+                }
+            parts = partition_dirichlet(
+                labels,
+                num_sites=data.num_sites,
+                concentration=data.concentration,
+                seed=data.seed,
+            )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return {f"site-{number + 1:02d}": part for number, part in enumerate(parts)}
+
+
+def _site_name(text: str) -> str:
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in text).strip(
+        "-._"
+    )
+    if not name:
+        raise ConfigError(f"column value {text!r} gives no site name; cut by another column")
+    return name[:64]
+
+
+def _write_site_toml(home: Path, name: str, size: int) -> None:
+    tree = {
+        "site": {"name": name},
+        "data": {"name": name, "path": "records.jsonl", "declared-size": size},
+    }
+    text = (
+        "# A simulated hospital. The run adds keys, the coordinator and the allowed model;\n"
+        "# add a [policy] table (max-epsilon, require-dp, max-rank...) to try one out.\n"
+    )
+    write_atomically(home / SITE_FILE, (text + tomli_w.dumps(tree)).encode())
+
+
+def _finish(folder: Path, config: RunConfig, *, num_sites: int) -> list[Path]:
+    changes: dict[str, Scalar] = {
+        "federation.min-sites": num_sites,
+        "evaluation.central-data": "central.jsonl",
+    }
+    flat = config.replace(changes).flat()
+    del flat["run.uid"]
+    write_atomically(folder / "run.toml", run_toml(flat).encode())
+    return [folder / "run.toml", folder / "sites", folder / "central.jsonl"]
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+    write_atomically(path, text.encode())
+
+
+def _refuse_existing(folder: Path) -> None:
+    taken = [name for name in ("run.toml", "sites", "central.jsonl") if (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"{folder} already holds {', '.join(taken)}; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,182 @@
+"""The local loop: every model family, schedule over the whole run, accumulation, checkpointing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from client.trainer import DpSettings, TrainResult, make_optimizer, scheduled_rate, train
+from common.adapter import AdapterState
+from common.config import LoraSection, TrainSection
+from common.errors import ConfigError, TrainingError
+from common.model import BaseModel, attached, initial_adapter, read_adapter, write_adapter
+from common.prompts import Examples
+from tests.unit.tiny import CONFIGS, make_examples, tiny_base
+
+LORA = LoraSection(rank=4, alpha=8.0)
+DP = DpSettings(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.8)
+PLAIN = TrainSection(rounds=2, local_steps=3, batch_size=4, micro_batch_size=4, learning_rate=1e-2)
+
+
+def _train(
+    base: BaseModel,
+    settings: TrainSection,
+    *,
+    dp: DpSettings | None = None,
+    server_round: int = 1,
+    stream: str = "north",
+) -> tuple[TrainResult, AdapterState]:
+    start = initial_adapter_of(base)
+    with attached(base, LORA) as model:
+        write_adapter(model, start)
+        result = train(
+            model,
+            Examples(make_examples(9, lengths=(6, 14, 9, 20))),
+            settings=settings,
+            server_round=server_round,
+            stream=stream,
+            pad_id=0,
+            device=base.device,
+            dp=dp,
+        )
+        return result, read_adapter(model, LORA, rank=4)
+
+
+def initial_adapter_of(base: BaseModel) -> AdapterState:
+    return initial_adapter(base, LORA, seed=0)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_dp_step_moves_the_adapter_of_every_family(family: str, checkpointing: bool) -> None:
+    base = tiny_base(family)
+    settings = TrainSection(
+        rounds=1,
+        local_steps=1,
+        batch_size=4,
+        micro_batch_size=2,
+        gradient_checkpointing=checkpointing,
+    )
+
+    result, after = _train(base, settings, dp=DP)
+
+    assert math.isfinite(result.mean_loss)
+    assert after.is_finite()
+    before = initial_adapter_of(base)
+    assert all(
+        (after.pairs[name].B != pair.B).any() for name, pair in before.pairs.items()
+    ), "every module's B moves"
+
+
+def test_the_same_seed_trains_the_same_adapter_without_dp_and_another_with() -> None:
+    base = tiny_base("llama")
+
+    assert _train(base, PLAIN)[1].digest() == _train(base, PLAIN)[1].digest()
+    assert _train(base, PLAIN)[1].digest() != _train(base, PLAIN, stream="south")[1].digest()
+    assert _train(base, PLAIN, dp=DP)[1].digest() != _train(base, PLAIN, dp=DP)[1].digest()
+
+
+def test_training_without_dp_lowers_the_loss() -> None:
+    base = tiny_base("llama")
+    settings = PLAIN.model_copy(update={"local_steps": 40, "rounds": 1, "schedule": "constant"})
+
+    first, _ = _train(base, settings.model_copy(update={"local_steps": 1}))
+    many, _ = _train(base, settings)
+
+    assert many.mean_loss < first.mean_loss - 0.3
+
+
+@pytest.mark.parametrize("dp", [None, DpSettings(1e-9, 0.5, 1.0)])
+def test_micro_batches_and_checkpointing_do_not_change_the_result(dp: DpSettings | None) -> None:
+    base = tiny_base("llama")
+    settings = PLAIN.model_copy(update={"optimizer": "sgd", "learning_rate": 0.1})
+
+    whole = _train(base, settings, dp=dp)[1]
+    pieces = _train(base, settings.model_copy(update={"micro_batch_size": 1}), dp=dp)[1]
+    recomputed = _train(base, settings.model_copy(update={"gradient_checkpointing": True}), dp=dp)[1]
+
+    for name, pair in whole.pairs.items():
+        for other in (pieces, recomputed):
+            torch.testing.assert_close(
+                torch.from_numpy(pair.B), torch.from_numpy(other.pairs[name].B), atol=1e-6, rtol=0
+            )
+
+
+def test_gradient_checkpointing_leaves_the_shared_base_as_it_was() -> None:
+    base = tiny_base("llama")
+
+    _train(base, PLAIN.model_copy(update={"gradient_checkpointing": True}))
+
+    assert not base.model.is_gradient_checkpointing
+    assert not base.model.training
+
+
+def test_the_schedule_runs_over_the_whole_run() -> None:
+    settings = TrainSection(
+        rounds=4, local_steps=5, learning_rate=1.0, warmup_ratio=0.1, schedule="linear"
+    )
+    rates = [scheduled_rate(step, total_steps=20, settings=settings) for step in range(20)]
+
+    # ceil(0.1 * 20) = 2 steps up, then 18 steps down to just above 0.
+    assert rates[0] == 0.5
+    assert rates[1] == 1.0
+    assert rates[2] == 1.0
+    assert rates[11] == pytest.approx(0.5)
+    assert rates[19] == pytest.approx(1 / 18)
+    constant = settings.model_copy(update={"schedule": "constant"})
+    assert scheduled_rate(19, total_steps=20, settings=constant) == 1.0
+
+
+def test_a_later_round_trains_at_a_later_rate() -> None:
+    """SGD moves in proportion to the rate: round 2 of 2 moves less than round 1."""
+    base = tiny_base("llama")
+    settings = TrainSection(
+        rounds=2, local_steps=1, batch_size=4, learning_rate=0.1, optimizer="sgd", warmup_ratio=0.0
+    )
+
+    def distance(server_round: int) -> float:
+        _, after = _train(base, settings, server_round=server_round)
+        return float(sum(abs(pair.B).sum() for pair in after.pairs.values()))
+
+    # Rates 0.1 and 0.05; the batches differ, so that the ratio is only near 2.
+    assert 1.4 < distance(1) / distance(2) < 2.9
+
+
+def test_no_examples_and_a_rate_that_moves_nothing_are_errors() -> None:
+    base = tiny_base("llama")
+    with attached(base, LORA) as model, pytest.raises(TrainingError, match="no examples"):
+        train(
+            model, Examples([]), settings=PLAIN, server_round=1, stream="n", pad_id=0,
+            device=base.device, dp=None,
+        )  # fmt: skip
+    with pytest.raises(TrainingError, match="did not move"):
+        _train(base, PLAIN.model_copy(update={"learning_rate": 1e-45, "optimizer": "sgd"}))
+
+
+def test_divergence_is_an_error() -> None:
+    base = tiny_base("llama")
+
+    with pytest.raises(TrainingError, match="not finite"):
+        _train(base, PLAIN.model_copy(update={"learning_rate": 1e38, "optimizer": "sgd"}))
+
+
+def test_paged_adamw_on_a_cpu_says_what_to_do() -> None:
+    base = tiny_base("llama")
+    settings = PLAIN.model_copy(update={"optimizer": "paged-adamw-8bit"})
+
+    with (
+        attached(base, LORA) as model,
+        pytest.raises(ConfigError, match="needs CUDA.*use 'adamw'"),
+    ):
+        make_optimizer(model, settings, device=torch.device("cpu"))
+
+
+def test_hooks_are_gone_after_dp_training() -> None:
+    base = tiny_base("llama")
+    _train(base, PLAIN, dp=DP)
+
+    with attached(base, LORA) as model:
+        assert not any(module._forward_hooks for module in model.modules())
+        assert not any(hasattr(p, "grad_sample") for p in model.parameters())
