@@ -85,6 +85,8 @@ def main() -> None:
         _errors.print(f"[bold red]error[/] ({error.code}): ", end="")
         _errors.print(str(error), markup=False, highlight=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _errors.print("[yellow]interrupted[/]; what was saved stands")
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into this exit code before we see it.
+        if end.code == INTERRUPTED:
+            _errors.print("[yellow]interrupted[/]; what was saved stands")
+        raise

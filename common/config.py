@@ -36,7 +36,12 @@ def _kebab(name: str) -> str:
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        alias_generator=_kebab,
+        populate_by_name=True,
     )
 
 
@@ -124,19 +129,19 @@ class PrivacySection(_Section):
     # prv is tight (2106.02848); rdp is an upper bound that computes at once.
     accountant: Literal["prv", "rdp"] = "prv"
 
-    @field_validator("noise_multiplier")
+    @field_validator("noise_multiplier", mode="before")
     @classmethod
-    def _auto_or_positive(cls, value: str | float) -> str | float:
+    def _auto_or_positive(cls, value: object) -> str | float:
         if value == "auto":
-            return value
-        if isinstance(value, str):
+            return "auto"
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f'{value!r} is neither "auto" nor a number')
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(
                 f"{value} gives no privacy; use a number above 0, or privacy.unit = "
                 '"none" to train without protection and say so'
             )
-        return value
+        return float(value)
 
 
 class FederationSection(_Section):
@@ -314,6 +319,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no file {path}; check the path") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}; correct that line") from None
 
@@ -329,9 +336,10 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
         if not equals:
             raise ConfigError(f"--set {word!r} has no '='; write --set key=value")
         try:
-            parsed[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+            value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            parsed[key.strip()] = text.strip()
+            value = text.strip()
+        parsed[key.strip()] = value if isinstance(value, bool | int | float | str) else text.strip()
     return parsed
 
 

@@ -121,7 +121,7 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"{path} line {number} is not JSON; correct or remove it") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path} line {number} is not a JSON object")
@@ -130,7 +130,8 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        # utf-8-sig: Excel puts a byte order mark before the first column's name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, strict=True)
     except (csv.Error, UnicodeDecodeError):
         raise DataError(f"{path} is not a UTF-8 CSV file with a header line") from None
@@ -157,5 +158,5 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException:
+    except (pyarrow.ArrowException, OSError):
         raise DataError(f"{path} is not a readable Parquet file") from None

@@ -18,6 +18,10 @@ from common.errors import PrivacyError
 
 Accountant = Literal["prv", "rdp"]
 
+# PRV's memory grows with epsilon (gigabytes at some hundreds, and the noise may be a stranger's wish);
+# far beyond any protection, RDP's bound serves.
+_MAX_PRV_EPSILON = 100.0
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class GaussianSteps:
@@ -75,7 +79,7 @@ def calibrate_noise(
 ) -> float:
     """Return the least noise multiplier whose `steps` steps stay at or below `target_epsilon`.
 
-    Depends on public constants only. Within 0.01 of the target epsilon.
+    Depends on public constants only. Within 0.01 of the target epsilon (a target above 50: by RDP).
     Raises PrivacyError when no reasonable noise reaches the target.
     """
     return _calibrate(target_epsilon, delta, sample_rate, steps, accountant)
@@ -85,6 +89,10 @@ def calibrate_noise(
 def _epsilon(parts: tuple[GaussianSteps, ...], delta: float, accountant: Accountant) -> float:
     from opacus.accountants import create_accountant
 
+    if accountant == "prv":
+        bound = _epsilon(parts, delta, "rdp")
+        if bound > _MAX_PRV_EPSILON:
+            return bound
     meter = create_accountant(accountant)
     meter.history = [(part.noise_multiplier, part.sample_rate, part.steps) for part in parts]
     with warnings.catch_warnings():
@@ -99,6 +107,8 @@ def _calibrate(
 ) -> float:
     from opacus.accountants.utils import get_noise_multiplier
 
+    if target_epsilon > _MAX_PRV_EPSILON / 2:
+        accountant = "rdp"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

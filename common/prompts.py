@@ -83,7 +83,9 @@ def resolve_template(name_or_text: str) -> str:
     """Return a template's text. Raises ConfigError when it is neither a name nor a usable text."""
     text = TEMPLATES.get(name_or_text, name_or_text)
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+        # A width or a conversion could fail, or fill the memory, only once records are there.
+        names = {"" if spec or conversion else name for _, name, spec, conversion in fields}
     except ValueError:
         names = {""}
     if "instruction" not in names or not names <= _FIELDS:

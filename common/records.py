@@ -278,12 +278,19 @@ def canonical_json(content: Any) -> bytes:
 
 
 def _encode(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        # Two lone surrogates and the character that they spell have the same JSON.
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ProtocolError("text with a lone surrogate has no canonical form")
         return value
     if isinstance(value, float):
         return {"float": value.hex()}
     if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
+        if set(value) == {"float"} or not all(isinstance(key, str) for key in value):
+            raise ProtocolError("a mapping needs text keys, and not 'float' alone")
+        return {_encode(key): _encode(item) for key, item in value.items()}
     raise ProtocolError(f"a {type(value).__name__} has no canonical form")
 
 
@@ -316,7 +323,9 @@ def _parse(payload: bytes, kind: type[_T]) -> _T:
             content["privacy"] = PrivacyRow(**_typed(content["privacy"], PrivacyRow))
         item = kind(**_typed(content, kind))
         canonical = item.canonical()
-    except (ValueError, TypeError, AttributeError, RecursionError, ProtocolError):
+    except (
+        ValueError, TypeError, AttributeError, OverflowError, RecursionError, ProtocolError,
+    ):  # fmt: skip
         raise ProtocolError(f"the payload is not a {name} of protocol {PROTOCOL}") from None
     if canonical != payload:
         raise ProtocolError(f"the {name} is not in canonical form")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.adapter import AdapterShape, AdapterState, from_safetensors
-from common.errors import CheckpointError, ProtocolError, ShapeError
+from common.errors import CheckpointError, ConsiliumError
 from common.files import fsync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_latest(folder: Path, *, shape: AdapterShape) -> Checkpoint | None:
             if adapter.digest() != state["adapter_digest"]:
                 raise CheckpointError(f"the adapter in {path} is not the one that was saved")
             return Checkpoint(int(state["round"]), adapter, state["progress"])
-        except (OSError, ValueError, KeyError, ShapeError, ProtocolError, CheckpointError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ConsiliumError) as error:
             logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
     if found:
         raise CheckpointError(f"every checkpoint in {folder} is damaged; start again with --force")

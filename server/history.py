@@ -23,6 +23,7 @@ class History:
     def __init__(self, path: Path, *, listener: Listener = lambda event: None) -> None:
         self._path = path
         self._listener = listener
+        _end_cut_line(path)
 
     def record(self, event: str, **details: Any) -> None:
         """Append one event. `round` events are fsynced: they are results."""
@@ -37,6 +38,16 @@ class History:
     def events(self) -> list[dict[str, Any]]:
         """Return every whole line so far; a last line cut by a crash is left out."""
         return read_events(self._path)
+
+
+def _end_cut_line(path: Path) -> None:
+    """Give a last line that a crash cut its line end, or the next event would be lost with it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

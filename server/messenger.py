@@ -6,6 +6,7 @@ Bounded in time, and patient with a SuperLink that answers HTTP 500 under load o
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -36,12 +37,17 @@ class Messenger:
         return self._patiently(lambda: sorted(self._grid.get_node_ids()))
 
     def exchange(
-        self, tasks: Mapping[int, tuple[Task, Envelope]], *, deadline_s: float
+        self,
+        tasks: Mapping[int, tuple[Task, Envelope]],
+        *,
+        deadline_s: float,
+        stop_at: Callable[[], float] = lambda: math.inf,
     ) -> Iterator[tuple[int, Message]]:
         """Send one task to each node and yield (node, reply) as they come, until the deadline.
 
         tasks: node id -> the task and its sealed envelope. Each node yields at most once; a caller
         that stops early loses nothing but the replies it did not take.
+        stop_at: an earlier end (time.monotonic) that the caller may set while it waits.
         """
         deadline = time.monotonic() + deadline_s
         messages = [
@@ -66,11 +72,12 @@ class Messenger:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
                     yield node, message
-            if not waiting or time.monotonic() >= deadline:
+            left_s = min(deadline, stop_at()) - time.monotonic()
+            if not waiting or left_s <= 0:
                 return
             pause_s = _POLL_S if arrived else min(pause_s * 1.5, _MAX_POLL_S)
             if not arrived:
-                time.sleep(min(pause_s, max(deadline - time.monotonic(), 0.0)))
+                time.sleep(min(pause_s, left_s))
 
     def _pull(self, waiting: Iterable[str]) -> list[Message]:
         ids = list(waiting)

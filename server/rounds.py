@@ -166,7 +166,10 @@ class Federation:
                     bytes_down,
                     bytes_up,
                 )
-            hopeless = all(refused.get(m.site) in _FINAL_REFUSALS for m in chosen)
+            hopeless = all(
+                member.site in updates or refused.get(member.site) in _FINAL_REFUSALS
+                for member in chosen
+            )
             if attempt > config.federation.max_retries or hopeless:
                 reasons = ", ".join(f"{site}: {why}" for site, why in sorted(refused.items()))
                 raise QuorumError(
@@ -278,9 +281,11 @@ class Federation:
         )
         envelope = seal_task(task, self._key)
         enough = self._config.federation.min_sites
-        grace_ends = math.inf
+        grace_ends = time.monotonic() + _GRACE_S if present >= enough else math.inf
         answers = self._messenger.exchange(
-            dict.fromkeys(nodes, (task, envelope)), deadline_s=deadline_s
+            dict.fromkeys(nodes, (task, envelope)),
+            deadline_s=deadline_s,
+            stop_at=lambda: grace_ends,
         )
         for node, message in answers:
             try:
@@ -294,8 +299,6 @@ class Federation:
             present += 1
             if present >= enough and math.isinf(grace_ends):
                 grace_ends = time.monotonic() + _GRACE_S
-            if time.monotonic() > grace_ends:
-                break
         self._history.record("sites", sites=sorted(self._names(self._members)))
 
     def _introduce(self, node: int, message: Message, task: Task) -> Member:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
-from common.adapter import AdapterState
+from common.adapter import AdapterShape, AdapterState
 from common.config import RunConfig
+from common.errors import ConsiliumError
 from common.metrics import LanguageMetrics
-from common.model import adapter_shape, choose_device, initial_adapter, load_base, resolve_model
+from common.model import (
+    BaseModel,
+    adapter_shape,
+    choose_device,
+    initial_adapter,
+    load_base,
+    resolve_model,
+)
+from common.prompts import Examples
 from common.signing import SigningKey
 from server.aggregation import METHODS, SiteUpdate
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -31,20 +40,46 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """What a run needs loaded; making it checks all that can be wrong before a file is written.
+
+    base: the quantised base model. shape: of the global adapter. examples: the tokenised central test
+    set, None without one.
+    """
+
+    base: BaseModel
+    shape: AdapterShape
+    examples: Examples | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunPlan:
     """Everything that a run at the coordinator starts from.
 
-    models: model.name -> folder. central_files: records for central evaluation, [] for none.
-    resume: continue from the newest checkpoint in `folder`.
+    resume: continue from the newest checkpoint in `folder`, if there is one.
     """
 
     config: RunConfig
     folder: RunFolder
     key: SigningKey
     roster: Roster
-    models: dict[str, Path]
-    central_files: Sequence[Path] = ()
+    prepared: PreparedRun
     resume: bool = False
+
+
+def prepare_run(
+    config: RunConfig, *, models: Mapping[str, Path], central_files: Sequence[Path] = ()
+) -> PreparedRun:
+    """Load and check the base model, the LoRA setting and the central test set.
+
+    models: model.name -> folder. central_files: records for central evaluation, [] for none.
+    Raises ModelError, ConfigError or DataError.
+    """
+    base = load_base(
+        resolve_model(config.model, known=models, hub=True), config.model, device=choose_device()
+    )
+    shape = adapter_shape(base, config.lora)
+    return PreparedRun(base, shape, load_central_examples(central_files, config, base=base))
 
 
 def run_federation(
@@ -52,18 +87,21 @@ def run_federation(
 ) -> dict[str, Any]:
     """Run every round that is left and return what summary.json then holds.
 
-    listener: is told every event of history.jsonl. Raises ConsiliumError with what was saved intact.
+    listener: is told every event of history.jsonl.
+    Raises ConsiliumError, with the reason in the history and everything saved so far intact.
     """
+    history = History(plan.folder.history, listener=listener)
+    try:
+        return _run(grid, plan, history)
+    except ConsiliumError as error:
+        history.record("stopped", code=error.code, message=str(error))
+        raise
+
+
+def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
     started = time.monotonic()
     config, folder = plan.config, plan.folder
-    history = History(folder.history, listener=listener)
-    base = load_base(
-        resolve_model(config.model, known=plan.models, hub=True),
-        config.model,
-        device=choose_device(),
-    )
-    shape = adapter_shape(base, config.lora)
-    examples = load_central_examples(plan.central_files, config, base=base)
+    base, shape, examples = plan.prepared.base, plan.prepared.shape, plan.prepared.examples
 
     def measure(adapter: AdapterState | None) -> LanguageMetrics | None:
         if examples is None:
@@ -126,6 +164,8 @@ def run_federation(
             keep=config.checkpoint.keep,
         )
         history.record("round", **entry, privacy=progress["privacy"])
+        # Else a round's replies would stay in memory beside the next one's.
+        del replies, merged
 
     export_adapter(
         current,

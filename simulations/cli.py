@@ -12,7 +12,7 @@ import typer
 
 from common.cli import console
 from common.config import flatten, load_run_config, read_toml
-from common.errors import ConsiliumError
+from common.errors import EngineError, QuorumError
 from server.history import Listener
 from simulations.compare import Arm, Comparison, comparison_table, run_comparison
 from simulations.progress import RunProgress
@@ -192,7 +192,7 @@ def _progress(title: str, expected_sites: int) -> Iterator[Listener]:
 def _saved_on_interrupt(out: Path) -> Iterator[None]:
     try:
         yield
-    except (KeyboardInterrupt, ConsiliumError):
+    except (KeyboardInterrupt, QuorumError, EngineError):
         rounds = sorted(path.name for path in out.glob("checkpoints/round-*"))
         if rounds:
             console.print(f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume")

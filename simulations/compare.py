@@ -19,12 +19,11 @@ from typing import Any
 from rich.table import Table
 
 from common.config import RunConfig, Scalar
-from common.dataset import Columns, load_records
 from common.errors import ConfigError
 from common.files import write_atomically
 from server.history import Listener
-from simulations.run import Simulation, run_simulation
-from simulations.sites import SourceSite
+from simulations.run import Simulation, check_simulation, run_simulation
+from simulations.sites import SourceSite, site_records
 
 ALONE, FEDERATED, FEDERATED_DP, POOLED, BASE = (
     "alone",
@@ -90,6 +89,9 @@ def run_comparison(
         raise ConfigError(f"{out} already holds a comparison; use --force or another folder")
     if not comparison.config.evaluation.central_data:
         raise ConfigError("evaluation.central-data is empty: there is nothing to compare on")
+    check_simulation(
+        Simulation(comparison.config, comparison.sources, out, base_dir=comparison.base_dir)
+    )
     out.mkdir(parents=True, exist_ok=True)
     arms = plan_arms(comparison)
     results: list[ArmResult] = []
@@ -242,8 +244,7 @@ def _pool(sources: Sequence[SourceSite], folder: Path, *, split: str) -> SourceS
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for source in sources:
-        columns = Columns(**dict(source.settings.get("data", {}).get("columns", {})))
-        for prompt in load_records(source.data, columns=columns, split=split).prompts:
+        for prompt in site_records(source, split=split).prompts:
             row = {
                 "instruction": prompt.instruction,
                 "input": prompt.input,

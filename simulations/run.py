@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,17 @@ import client.app
 from client.app import SITES_VARIABLE
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError, EngineError
-from common.model import digest_model, resolve_model
-from common.signing import load_or_generate
+from common.model import digest_model, release_base, resolve_model
+from common.signing import SigningKey
 from server.evaluation import central_files
 from server.history import Listener, read_events
 from server.launch import LAUNCH_VARIABLE, Launch, split_settings
-from server.run import RunPlan, run_federation
+from server.run import RunPlan, prepare_run, run_federation
 from server.run_folder import RunFolder, open_run_folder
 from simulations.embedded import embedded_model_dir
 from simulations.flower import FlowerEngine, run_on_flower
 from simulations.inline import InlineGrid
-from simulations.sites import BaseModelFolder, SourceSite, prepare_sites
+from simulations.sites import BaseModelFolder, SourceSite, plan_sites, write_sites
 
 EngineName = Literal["inline", "flower"]
 
@@ -56,40 +57,40 @@ def run_simulation(
     listener: is told every event of history.jsonl. Everything that a bad setting can break is checked
     before anything is written. Raises ConsiliumError.
     """
-    config, model = resolve_base(simulation.config, base_dir=simulation.base_dir)
-    sites = len(simulation.sources)
-    if config.federation.min_sites > sites:
-        raise ConfigError(
-            f"federation.min-sites = {config.federation.min_sites}, but there are {sites} sites; "
-            "lower it or add sites"
-        )
-    files = [
-        path.resolve()
-        for path in central_files(config.evaluation.central_data, relative_to=simulation.base_dir)
-    ]
+    config, model, files = check_simulation(simulation)
     out = simulation.out.resolve()
-    folder = open_run_folder(out, config, resume=simulation.resume, force=simulation.force)
     home = out / "simulation"
+    if simulation.force and not simulation.resume and home.exists():
+        # The earlier run's sites: their settings, and what they have spent.
+        shutil.rmtree(home)
+    prepared = prepare_run(config, models={model.name: model.path}, central_files=files)
     key_path = home / "coordinator" / "signing.pem"
-    key = load_or_generate(key_path)
-    roster = prepare_sites(
+    key = SigningKey.load(key_path) if key_path.exists() else SigningKey.generate()
+    plans = plan_sites(
         simulation.sources,
-        home / "sites",
         model=model,
         coordinator_public_key=key.public_hex,
         split=config.data.split,
     )
+    folder = open_run_folder(out, config, resume=simulation.resume, force=simulation.force)
+    if not simulation.resume:
+        # Budgets, keys and outboxes of an earlier run here are not this run's.
+        shutil.rmtree(home, ignore_errors=True)
+        key_path.parent.mkdir(parents=True, mode=0o700)
+        key.save(key_path)
+    roster = write_sites(plans, home / "sites")
     if simulation.engine == "inline":
         plan = RunPlan(
             config=config,
             folder=folder,
             key=key,
             roster=roster,
-            models={model.name: model.path},
-            central_files=files,
+            prepared=prepared,
             resume=simulation.resume,
         )
         return _run_inline(plan, home / "sites", listener)
+    del prepared
+    release_base()
     roster_path = home / "coordinator" / "roster.json"
     roster.save(roster_path)
     shared, private = split_settings(config)
@@ -103,6 +104,58 @@ def run_simulation(
         resume=True,
     ).save(home / "coordinator", folder.run_uid)
     return _run_flower(simulation, folder, home, {**shared, "run.uid": folder.run_uid}, listener)
+
+
+def check_simulation(simulation: Simulation) -> tuple[RunConfig, BaseModelFolder, list[Path]]:
+    """Return the config with model.name as a plain name, the base model and the central files.
+
+    Writes nothing. Raises the ConsiliumError of what is wrong; ConfigError naming everything that is,
+    when there is more than one.
+    """
+    config, sources = simulation.config, simulation.sources
+    problems: list[ConsiliumError] = []
+    plain = model = None
+    files: list[Path] = []
+    with _noting(problems):
+        plain, model = resolve_base(config, base_dir=simulation.base_dir)
+        base = load_base(model.path, plain.model, device=choose_device())
+        check_targets(base, config.lora, rank=config.lora.rank)
+    with _noting(problems):
+        resolve_template(config.data.prompt_template)
+    if config.federation.min_sites > len(sources):
+        problems.append(
+            ConfigError(
+                f"federation.min-sites = {config.federation.min_sites}, but there are "
+                f"{len(sources)} sites; lower it or add sites"
+            )
+        )
+    with _noting(problems):
+        files = [
+            path.resolve()
+            for path in central_files(
+                config.evaluation.central_data, relative_to=simulation.base_dir
+            )
+        ]
+    for path in files:
+        with _noting(problems):
+            load_records(path, columns=Columns(), split=config.evaluation.split)
+    for source in sources:
+        with _noting(problems):
+            check_source(source, split=config.data.split)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems or plain is None or model is None:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problems:\n{listed}")
+    return plain, model, files
+
+
+@contextmanager
+def _noting(problems: list[ConsiliumError]) -> Iterator[None]:
+    try:
+        yield
+    except ConsiliumError as error:
+        problems.append(error)
 
 
 def resolve_base(config: RunConfig, *, base_dir: Path) -> tuple[RunConfig, BaseModelFolder]:

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from client.site_config import SITE_FILE, SiteConfig, load_site_config
 from common.config import read_toml
-from common.dataset import Columns, load_records
+from common.dataset import Columns, Records, load_records
 from common.errors import ConfigError
 from common.files import write_atomically
-from common.signing import SigningKey, load_or_generate
+from common.signing import load_or_generate
 from server.roster import Roster, RosterEntry
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -47,10 +47,14 @@ class BaseModelFolder:
     digest: str
 
 
+# Stands in where a site is only looked at.
+_NO_MODEL = BaseModelFolder("none", Path(), "0" * 64)
+
+
 def find_sites(folder: Path) -> list[SourceSite]:
     """Return the sites of a folder, sorted by name.
 
-    Raises ConfigError when there are none, or a site.toml names no data.
+    Raises ConfigError when there are none, a site.toml names no data, or two have one name.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -70,33 +74,48 @@ def find_sites(folder: Path) -> list[SourceSite]:
             f"{folder} holds neither site folders (with {SITE_FILE}) nor {', '.join(DATA_SUFFIXES)} "
             "files"
         )
+    names = [site.name for site in sites]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"{folder} holds more than one site called {', '.join(twice)}; rename one"
+        )
     return sites
 
 
-def prepare_sites(
+def plan_sites(
     sources: Sequence[SourceSite],
-    folder: Path,
     *,
     model: BaseModelFolder,
     coordinator_public_key: str,
     split: str,
-) -> Roster:
-    """Write one site folder for each source and return the roster of them all.
+) -> dict[str, str]:
+    """Return site name -> its site.toml, having read every site's data; nothing is written.
 
-    split: the rows that count towards a size not declared. Sites already there (resume) stay.
-    Raises ConfigError or DataError before anything is written for the site it names.
+    split: the rows that count towards a size not declared.
+    Raises ConfigError for a site.toml that is not usable, DataError for data that is not.
     """
+    plans = {
+        source.name: _site_toml(
+            source, model=model, coordinator_public_key=coordinator_public_key, split=split
+        )
+        for source in sources
+    }
+    if len(plans) != len(sources):
+        raise ConfigError("two sites have the same name; every site needs a name of its own")
+    return plans
+
+
+def write_sites(plans: Mapping[str, str], folder: Path) -> Roster:
+    """Write planned sites, each with a fresh key, and return the roster; existing ones stay."""
     entries = []
-    for source in sources:
-        home = folder / source.name
+    for name, content in plans.items():
+        home = folder / name
         if not (home / SITE_FILE).exists():
-            content = _site_toml(
-                source, model=model, coordinator_public_key=coordinator_public_key, split=split
-            )
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(home / SITE_FILE, content.encode(), mode=0o600)
         config = load_site_config(home)
-        key: SigningKey = load_or_generate(config.signing_key_path)
+        key = load_or_generate(config.signing_key_path)
         entries.append(RosterEntry(config.site.name, key.public_hex, config.data.declared_size))
     return Roster(entries)
 
@@ -110,34 +129,65 @@ def _from_site_folder(folder: Path) -> SourceSite:
     return SourceSite(name, (folder / path).resolve(), settings)
 
 
+def check_source(source: SourceSite, *, split: str) -> None:
+    """Raise ConfigError when a site's settings are not usable, DataError when its records are not."""
+    site_records(source, split=split)
+
+
+def site_records(source: SourceSite, *, split: str) -> Records:
+    """Return a site's usable records. Raises ConfigError or DataError."""
+    config = _validate(source, _tree(source, model=_NO_MODEL, coordinator_public_key="0" * 64))
+    columns = config.data.columns
+    return load_records(
+        source.data,
+        columns=Columns(columns.instruction, columns.input, columns.output, columns.split),
+        split=split,
+    )
+
+
 def _site_toml(
     source: SourceSite, *, model: BaseModelFolder, coordinator_public_key: str, split: str
 ) -> str:
-    data = {"name": source.name, **source.settings.get("data", {}), "path": str(source.data)}
-    if "declared-size" not in data:
-        columns = Columns(**data.get("columns", {}))
-        data["declared-size"] = len(load_records(source.data, columns=columns, split=split))
-    policy = {
-        # A simulation answers for nobody's records; a site.toml of its own says otherwise.
-        "max-epsilon": math.inf,
-        "max-delta": 0.5,
-        "require-dp": False,
-        "max-rank": 4096,
-        "max-steps": 10**6,
-        "release-metrics": ["train-loss", "train-seconds"],
-        **source.settings.get("policy", {}),
-        "allowed-models": [{"name": model.name, "path": str(model.path), "digest": model.digest}],
-    }
-    tree = {
+    tree = _tree(source, model=model, coordinator_public_key=coordinator_public_key)
+    if "declared-size" not in source.settings.get("data", {}):
+        tree["data"]["declared-size"] = len(site_records(source, split=split))
+    _validate(source, tree)
+    return tomli_w.dumps(tree)
+
+
+def _tree(
+    source: SourceSite, *, model: BaseModelFolder, coordinator_public_key: str
+) -> dict[str, Any]:
+    """A simulated site's site.toml; its declared-size is 1 where the source declares none."""
+    return {
         "site": {"name": source.name},
-        "data": data,
-        "policy": policy,
+        "data": {
+            "name": source.name,
+            "declared-size": 1,
+            **source.settings.get("data", {}),
+            "path": str(source.data),
+        },
+        "policy": {
+            # A simulation answers for nobody's records; a site.toml of its own says otherwise.
+            "max-epsilon": math.inf,
+            "max-delta": 0.5,
+            "require-dp": False,
+            "max-rank": 4096,
+            "max-steps": 10**6,
+            "release-metrics": ["train-loss", "train-seconds"],
+            **source.settings.get("policy", {}),
+            "allowed-models": [
+                {"name": model.name, "path": str(model.path), "digest": model.digest}
+            ],
+        },
         "coordinator": {"public-key": coordinator_public_key},
         "device": source.settings.get("device", {"name": "auto"}),
     }
+
+
+def _validate(source: SourceSite, tree: Mapping[str, Any]) -> SiteConfig:
     try:
-        SiteConfig.model_validate(tree)
+        return SiteConfig.model_validate(tree)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"site {source.name!r} is not usable:\n" + "\n".join(lines)) from None
-    return tomli_w.dumps(tree)

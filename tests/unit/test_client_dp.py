@@ -50,9 +50,7 @@ def _lively_adapter(base: BaseModel) -> AdapterState:
     state = initial_adapter(base, LORA, seed=0)
     random = torch.Generator().manual_seed(1)
     pairs = {
-        name: LoraPair(
-            pair.A, (0.1 * torch.randn(pair.B.shape, generator=random)).numpy()
-        )
+        name: LoraPair(pair.A, (0.1 * torch.randn(pair.B.shape, generator=random)).numpy())
         for name, pair in state.pairs.items()
     }
     return AdapterState(pairs, state.scaling)

@@ -65,9 +65,9 @@ def test_one_dp_step_moves_the_adapter_of_every_family(family: str, checkpointin
     assert math.isfinite(result.mean_loss)
     assert after.is_finite()
     before = initial_adapter_of(base)
-    assert all(
-        (after.pairs[name].B != pair.B).any() for name, pair in before.pairs.items()
-    ), "every module's B moves"
+    assert all((after.pairs[name].B != pair.B).any() for name, pair in before.pairs.items()), (
+        "every module's B moves"
+    )
 
 
 def test_the_same_seed_trains_the_same_adapter_without_dp_and_another_with() -> None:
@@ -95,7 +95,9 @@ def test_micro_batches_and_checkpointing_do_not_change_the_result(dp: DpSettings
 
     whole = _train(base, settings, dp=dp)[1]
     pieces = _train(base, settings.model_copy(update={"micro_batch_size": 1}), dp=dp)[1]
-    recomputed = _train(base, settings.model_copy(update={"gradient_checkpointing": True}), dp=dp)[1]
+    recomputed = _train(base, settings.model_copy(update={"gradient_checkpointing": True}), dp=dp)[
+        1
+    ]
 
     for name, pair in whole.pairs.items():
         for other in (pieces, recomputed):
@@ -168,7 +170,7 @@ def test_paged_adamw_on_a_cpu_says_what_to_do() -> None:
 
     with (
         attached(base, LORA) as model,
-        pytest.raises(ConfigError, match="needs CUDA.*use 'adamw'"),
+        pytest.raises(ConfigError, match=r"needs CUDA.*use 'adamw'"),
     ):
         make_optimizer(model, settings, device=torch.device("cpu"))
 

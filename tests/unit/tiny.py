@@ -65,7 +65,9 @@ def make_examples(count: int, *, lengths: tuple[int, ...], num_answer: int = 3) 
     return [
         Example(
             tuple(
-                torch.randint(3, VOCABULARY, (lengths[i % len(lengths)],), generator=random).tolist()
+                torch.randint(
+                    3, VOCABULARY, (lengths[i % len(lengths)],), generator=random
+                ).tolist()
             ),
             num_answer,
         )

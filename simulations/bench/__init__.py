@@ -1,0 +1,1 @@
+"""Benchmarks of the simulation, run by hand: `make bench-simulation`."""

@@ -1,0 +1,60 @@
+"""Replies on disk: whole or not at all, and the first one stands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from client.outbox import Outbox, Outcome
+
+
+def test_an_outcome_comes_back_as_it_was_after_a_restart(tmp_path: Path) -> None:
+    outcome = Outcome(b"adapter bytes", {"steps": 3})
+    Outbox(tmp_path).store("task", outcome)
+
+    assert Outbox(tmp_path).find("task") == outcome
+    assert Outbox(tmp_path).find("other") is None
+
+
+def test_the_first_stored_outcome_stands(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    first = outbox.store("task", Outcome(b"first", {}))
+
+    assert outbox.store("task", Outcome(b"second", {})) == first
+    assert outbox.find("task") == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["task"]
+
+
+def test_a_crash_while_writing_leaves_no_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        outbox.store("task", Outcome(b"adapter", {}))
+
+    assert outbox.find("task") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_kill_are_swept_when_the_outbox_opens(tmp_path: Path) -> None:
+    Outbox(tmp_path)
+    (tmp_path / ".writing-abc").mkdir()
+
+    outbox = Outbox(tmp_path)
+    outbox.sweep()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_the_owners_alone(tmp_path: Path) -> None:
+    Outbox(tmp_path / "outbox").store("task", Outcome(b"x", {}))
+
+    assert (tmp_path / "outbox").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "outbox" / "task" / "adapter.safetensors").stat().st_mode & 0o077 == 0

@@ -1,0 +1,283 @@
+"""The site's one door: what it answers, what it refuses, what it keeps to itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import client.site
+from client.ledger import Ledger
+from common.adapter import AdapterShape, from_safetensors
+from common.errors import ConfigError, ProtocolError, SignatureError
+from common.records import Envelope, Reply, Task, open_reply, with_attempt
+from common.signing import SigningKey
+from tests.unit.hospital import Hospital, make_hospital
+
+
+@pytest.fixture
+def hospital(tmp_path: Path, tiny_model_dir: Path) -> Hospital:
+    return make_hospital(tmp_path / "north", tiny_model_dir)
+
+
+def _ask(hospital: Hospital, task: Task) -> tuple[Reply, Envelope]:
+    answer = hospital.open().answer(hospital.seal(task))
+    public = SigningKey.load(hospital.folder / "keys" / "signing.pem").public_hex
+    return open_reply(answer, task=task, site="north", public_hex=public), answer
+
+
+def _rows(hospital: Hospital) -> list[Any]:
+    return Ledger(hospital.folder / "state" / "ledger.sqlite").rows("notes")
+
+
+def test_a_task_is_answered_with_a_trained_adapter_and_its_privacy(hospital: Hospital) -> None:
+    task = hospital.task()
+
+    reply, answer = _ask(hospital, task)
+
+    assert reply.error_code == ""
+    shape = AdapterShape(
+        {name: (p.B.shape[0], p.A.shape[1]) for name, p in hospital.adapter.pairs.items()},
+        hospital.adapter.rank,
+        hospital.adapter.scaling,
+    )
+    trained = from_safetensors(answer.adapter, shape=shape)
+    assert trained.digest() == reply.adapter_digest != hospital.adapter.digest()
+    assert dict(reply.numbers) == {"steps": 2}
+    assert reply.privacy is not None
+    assert reply.privacy.steps == 2
+    assert reply.privacy.sample_rate == 4 / 12
+    assert 0 < reply.privacy.epsilon < 8
+
+
+def test_the_same_task_again_gives_the_same_reply_and_no_second_charge(hospital: Hospital) -> None:
+    task = hospital.task()
+    first, _ = _ask(hospital, task)
+
+    retry = with_attempt(task, attempt=2, expires_at=task.expires_at + 100)
+    second, _ = _ask(hospital, retry)
+
+    assert second.adapter_digest == first.adapter_digest
+    assert second.attempt == 2
+    assert second.task_sha256 == retry.sha256
+    assert [row.state for row in _rows(hospital)] == ["released"]
+
+
+def test_a_crash_before_the_reply_was_stored_trains_again_under_the_same_row(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = hospital.task()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as crash:
+        crash.setattr(client.site.Outbox, "store", killed)
+        with pytest.raises(Killed):
+            hospital.open().answer(hospital.seal(task))
+    assert [row.state for row in _rows(hospital)] == ["reserved"]
+
+    reply, _ = _ask(hospital, task)
+
+    assert reply.error_code == ""
+    assert [row.state for row in _rows(hospital)] == ["released"]
+
+
+def test_a_crash_after_the_reply_was_stored_sends_that_very_reply(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = hospital.task()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as crash:
+        crash.setattr(client.site.Ledger, "release", killed)
+        with pytest.raises(Killed):
+            hospital.open().answer(hospital.seal(task))
+    stored = (
+        hospital.folder / "state" / "outbox" / task.task_id / "adapter.safetensors"
+    ).read_bytes()
+
+    _, answer = _ask(hospital, task)
+
+    assert answer.adapter == stored
+
+
+def test_budget_is_reserved_before_data_is_opened(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def load(*args: object, **kwargs: object) -> None:
+        seen.append(len(_rows(hospital)))
+        raise ConfigError("stop here")
+
+    monkeypatch.setattr(client.site, "load_records", load)
+    _ask(hospital, hospital.task())
+
+    assert seen == [1]
+
+
+def test_epsilon_in_the_replies_composes_over_rounds(hospital: Hospital) -> None:
+    epsilons = []
+    for server_round in (1, 2, 3):
+        reply, _ = _ask(hospital, hospital.task(server_round))
+        assert reply.privacy is not None
+        epsilons.append(reply.privacy.epsilon)
+        assert reply.privacy.steps == 2 * server_round
+
+    assert epsilons[0] < epsilons[1] < epsilons[2] <= 8.0
+    assert epsilons[2] > 7.5, "calibrated once for all three rounds"
+
+
+def test_q_and_sigma_do_not_change_when_a_record_is_added(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    rows = []
+    for name, count in (("a", 12), ("b", 13)):
+        hospital = make_hospital(tmp_path / name, tiny_model_dir, num_records=count)
+        reply, _ = _ask(hospital, hospital.task())
+        assert reply.privacy is not None
+        rows.append((reply.privacy, dict(reply.numbers)))
+
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "code"),
+    [
+        ({"base_digest": "0" * 64}, {}, "policy"),
+        ({}, {"model.name": "other"}, "policy"),
+        ({}, {"lora.rank": 65}, "policy"),
+        ({}, {"train.local-steps": 10_001}, "policy"),
+        ({}, {"privacy.unit": "none"}, "policy"),
+        ({}, {"privacy.target-delta": 1e-3}, "policy"),
+        ({}, {"privacy.target-epsilon": 50.0}, "budget"),
+        ({}, {"privacy.noise-multiplier": 0.2}, "budget"),
+        ({}, {"privacy.noise-multiplier": 0.0}, "config"),
+        ({}, {"privacy.max-grad-norm": float("inf")}, "config"),
+        ({}, {"no.such-key": 1}, "config"),
+        ({}, {"lora.use-dora": True}, "config"),
+        ({"server_round": 4}, {}, "policy"),
+        ({"adapter_digest": "0" * 64}, {}, "signature"),
+    ],
+)
+def test_what_the_policy_forbids_is_refused_with_a_code_and_no_text(
+    hospital: Hospital, changes: Mapping[str, Any], settings: Mapping[str, Any], code: str
+) -> None:
+    reply, answer = _ask(hospital, hospital.task(**{**changes, "settings": settings}))
+
+    assert reply.error_code == code
+    assert len(reply.correlation_id) == 12
+    assert answer.adapter == b""
+    assert reply.privacy is None
+    assert dict(reply.numbers) == {}
+
+
+def test_a_refusal_by_policy_charges_nothing(hospital: Hospital) -> None:
+    _ask(hospital, hospital.task(settings={"lora.rank": 65}))
+    _ask(hospital, hospital.task(settings={"privacy.target-epsilon": 50.0}))
+
+    assert _rows(hospital) == []
+
+
+def test_nothing_is_answered_to_a_stranger(hospital: Hospital) -> None:
+    site, task = hospital.open(), hospital.task()
+
+    with pytest.raises(SignatureError, match="does not hold"):
+        site.answer(hospital.seal(task, SigningKey.generate()))
+    altered = hospital.seal(replace(task, attempt=7))
+    with pytest.raises(SignatureError, match="does not hold"):
+        site.answer(Envelope(altered.payload, hospital.seal(task).signature, altered.adapter))
+    with pytest.raises(ProtocolError, match="expired"):
+        site.answer(hospital.seal(task), now_s=task.expires_at + 5)
+    with pytest.raises(ProtocolError, match="for site 'south'"):
+        site.answer(hospital.seal(replace(task, site="south")))
+    assert _rows(hospital) == []
+
+
+def test_an_unexpected_exception_leaves_as_a_code_and_stays_in_the_log(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("record 7: Mr Miller, born 1950")
+
+    monkeypatch.setattr(client.site, "train", explode)
+    with caplog.at_level(logging.INFO):
+        reply, answer = _ask(hospital, hospital.task())
+
+    assert reply.error_code == "internal"
+    assert b"Miller" not in answer.payload
+    assert reply.correlation_id in caplog.text
+    assert "Miller" not in caplog.text, "not even at INFO in the site's own log"
+
+
+def test_losses_and_seconds_leave_only_when_the_policy_lists_them(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = make_hospital(
+        tmp_path / "open", tiny_model_dir, policy={"release-metrics": ["train-loss"]}
+    )
+
+    reply, _ = _ask(hospital, hospital.task())
+
+    assert set(reply.numbers) == {"steps", "train-loss"}
+
+
+def test_without_privacy_where_the_policy_allows_it(tmp_path: Path, tiny_model_dir: Path) -> None:
+    hospital = make_hospital(tmp_path / "lax", tiny_model_dir, policy={"require-dp": False})
+
+    reply, _ = _ask(hospital, hospital.task(settings={"privacy.unit": "none"}))
+
+    assert reply.privacy is not None
+    assert reply.privacy.unit == "none"
+    assert np.isinf(reply.privacy.epsilon)
+    later, _ = _ask(hospital, hospital.task(2))
+    assert later.error_code == "budget", "unprotected training leaves no budget"
+
+
+def test_a_description_says_public_constants_only(hospital: Hospital) -> None:
+    task = Task(
+        kind="describe", run_uid="run-1", site="", server_round=0, attempt=1,
+        expires_at=hospital.task().expires_at,
+    )  # fmt: skip
+
+    reply, answer = _ask(hospital, task)
+
+    assert dict(reply.numbers) == {"declared-size": 12, "max-rank": 64}
+    assert answer.adapter == b""
+
+
+def test_the_runs_seed_decides_neither_sampling_nor_noise(hospital: Hospital) -> None:
+    """Two runs alike in everything that a coordinator sets still differ."""
+    first, _ = _ask(hospital, hospital.task())
+    second, _ = _ask(
+        hospital,
+        hospital.task(settings={"train.seed": hospital.config.train.seed}, run_uid="run-2"),
+    )
+
+    assert first.adapter_digest != second.adapter_digest
+
+
+def test_a_wrong_site_toml_names_every_bad_key(hospital: Hospital) -> None:
+    path = hospital.folder / "site.toml"
+    path.write_text(
+        path.read_text()
+        .replace("max-epsilon = 10.0", 'max-epsilon = "ten"\nmax-epsilom = 3')
+        .replace('name = "notes"', 'name = "notes"\ndelta = 2.0')
+    )
+
+    with pytest.raises(ConfigError, match=r"(?s)data.delta.*max-epsilon.*max-epsilom"):
+        hospital.open()

@@ -1,0 +1,203 @@
+"""The coordinator's line to its nodes: bounded, patient, and deaf to what it did not ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import httpx
+import pytest
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from common.records import Envelope, Task, envelope_of, seal_task
+from common.signing import SigningKey
+from server.messenger import Messenger
+from tests.unit.fake_federation import FakeClock, FakeGrid, empty_reply
+
+KEY = SigningKey.generate()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    return FakeClock().install(monkeypatch)
+
+
+def _tasks(*nodes: int, kind: str = "train") -> dict[int, tuple[Task, Envelope]]:
+    tasks = {}
+    for node in nodes:
+        task = Task(kind, "run-7", f"site-{node}", 3, 1, 0)  # type: ignore[arg-type]
+        tasks[node] = (task, seal_task(task, KEY))
+    return tasks
+
+
+def _grid(clock: FakeClock, *nodes: int, silent: tuple[int, ...] = ()) -> FakeGrid:
+    handlers: dict[int, Callable[[Message], Message | None]] = dict.fromkeys(nodes, empty_reply)
+    handlers.update(dict.fromkeys(silent, lambda message: None))
+    return FakeGrid(handlers, clock=clock)
+
+
+def _messenger(grid: FakeGrid, *, patience_s: float = 90.0) -> Messenger:
+    return Messenger(cast(Grid, grid), patience_s=patience_s)
+
+
+def test_every_node_gets_its_own_task_once_and_answers_once(clock: FakeClock) -> None:
+    grid = _grid(clock, 2, 3, 4)
+    tasks = _tasks(2, 3, 4)
+    replies = list(_messenger(grid).exchange(tasks, deadline_s=10))
+    assert [node for node, _ in replies] == [2, 3, 4]
+    assert [message.metadata.src_node_id for _, message in replies] == [2, 3, 4]
+    assert {m.metadata.dst_node_id: envelope_of(m) for m in grid.pushed} == {
+        node: envelope for node, (_, envelope) in tasks.items()
+    }
+    assert clock.now_s == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message_type"), [("train", MessageType.TRAIN), ("describe", MessageType.QUERY)]
+)
+def test_the_kind_of_a_task_chooses_flowers_message_type(
+    clock: FakeClock, kind: str, message_type: str
+) -> None:
+    grid = _grid(clock, 2)
+    list(_messenger(grid).exchange(_tasks(2, kind=kind), deadline_s=10))
+    assert grid.pushed[0].metadata.message_type == message_type
+    assert grid.pushed[0].metadata.ttl > 10
+
+
+def test_replies_are_yielded_as_they_come_not_when_all_are_there(clock: FakeClock) -> None:
+    grid = _grid(clock, 2, 3)
+    grid.delay_s[2] = 50.0
+    exchange = _messenger(grid).exchange(_tasks(2, 3), deadline_s=100)
+    assert next(exchange)[0] == 3
+    assert clock.now_s == 1000.0
+    assert next(exchange)[0] == 2
+    assert clock.now_s >= 1050.0
+    assert list(exchange) == []
+
+
+def test_stops_at_the_deadline_when_a_node_is_silent(clock: FakeClock) -> None:
+    grid = _grid(clock, 2, silent=(3,))
+    replies = list(_messenger(grid).exchange(_tasks(2, 3), deadline_s=20))
+    assert [node for node, _ in replies] == [2]
+    assert clock.now_s == pytest.approx(1020.0)
+
+
+def test_a_reply_in_the_last_moment_still_counts_and_a_later_one_does_not(
+    clock: FakeClock,
+) -> None:
+    grid = _grid(clock, 2, 3)
+    grid.delay_s = {2: 20.0, 3: 20.1}
+    replies = list(_messenger(grid).exchange(_tasks(2, 3), deadline_s=20))
+    assert [node for node, _ in replies] == [2]
+
+
+def test_may_be_told_to_stop_before_the_deadline(clock: FakeClock) -> None:
+    grid = _grid(clock, 2, silent=(3,))
+    stop_at = [float("inf")]
+    seen = []
+    messenger = _messenger(grid)
+    for node, _ in messenger.exchange(_tasks(2, 3), deadline_s=300, stop_at=lambda: stop_at[0]):
+        seen.append(node)
+        stop_at[0] = clock.now_s + 15
+    assert seen == [2]
+    assert clock.now_s == pytest.approx(1015.0)
+
+
+def test_nobody_to_ask_sends_nothing_and_waits_for_nothing(clock: FakeClock) -> None:
+    grid = _grid(clock)
+    assert list(_messenger(grid).exchange({}, deadline_s=20)) == []
+    assert clock.now_s == 1000.0
+
+
+def test_ignores_replies_it_did_not_ask_for(clock: FakeClock) -> None:
+    """A reply to an earlier exchange, and one to no message at all."""
+    grid = _grid(clock, 2)
+    messenger = _messenger(grid)
+    late = next(messenger.exchange(_tasks(2), deadline_s=10))[1]
+    stray = empty_reply(grid.pushed[0])
+    stray.metadata.__dict__["_reply_to_message_id"] = "no such message"
+    grid.uninvited = [late, stray]
+    replies = list(messenger.exchange(_tasks(2), deadline_s=10))
+    assert [node for node, _ in replies] == [2]
+    assert replies[0][1].metadata.reply_to_message_id == "m2"
+
+
+def test_a_reply_delivered_twice_is_yielded_once(clock: FakeClock) -> None:
+    grid = _grid(clock, 2, silent=(3,))
+    exchange = _messenger(grid).exchange(_tasks(2, 3), deadline_s=20)
+    _, first = next(exchange)
+    grid.uninvited = [first, first]
+    assert list(exchange) == []
+
+
+def test_a_node_that_flower_cannot_reach_is_not_waited_for(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower returns "" as the id of a message that it could not take."""
+    grid = _grid(clock, 2, 3)
+    push = grid.push_messages
+    monkeypatch.setattr(
+        grid, "push_messages", lambda messages: ["", *list(push(list(messages)[1:]))]
+    )
+    replies = list(_messenger(grid).exchange(_tasks(2, 3), deadline_s=20))
+    assert [node for node, _ in replies] == [3]
+    assert clock.now_s == 1000.0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("refused"),
+        httpx.ReadTimeout("slow"),
+        httpx.HTTPStatusError(
+            "500", request=httpx.Request("POST", "https://x"), response=httpx.Response(500)
+        ),
+    ],
+    ids=["connect", "timeout", "status 500"],
+)
+def test_a_superlink_that_stumbles_is_asked_again(clock: FakeClock, error: Exception) -> None:
+    grid = _grid(clock, 2, 3)
+    messenger = _messenger(grid)
+    grid.failures = [error] * 3
+    assert messenger.node_ids() == [2, 3]
+    # One failure in push, then one in pull.
+    grid.failures = [error]
+    exchange = messenger.exchange(_tasks(2, 3), deadline_s=10)
+    assert next(exchange)[0] == 2
+    assert next(exchange)[0] == 3
+    grid.failures = []
+    grid.delay_s[2] = 1.0
+    exchange = messenger.exchange(_tasks(2), deadline_s=10)
+    grid.clock.sleep(0)
+    assert [node for node, _ in exchange] == [2]
+
+
+def test_a_failed_pull_loses_no_reply(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = _grid(clock, 2)
+    push = grid.push_messages
+
+    def push_then_break(messages: list[Message]) -> list[str]:
+        ids = list(push(messages))
+        grid.failures = [httpx.ReadTimeout("slow")] * 2
+        return ids
+
+    monkeypatch.setattr(grid, "push_messages", push_then_break)
+    assert [n for n, _ in _messenger(grid).exchange(_tasks(2), deadline_s=60)] == [2]
+    assert len(grid.pushed) == 1
+
+
+def test_gives_up_on_a_superlink_that_stays_away(clock: FakeClock) -> None:
+    grid = _grid(clock, 2)
+    grid.failures = [httpx.ConnectError("refused")] * 1000
+    with pytest.raises(httpx.ConnectError, match="refused"):
+        _messenger(grid, patience_s=60).node_ids()
+    assert 1060.0 < clock.now_s <= 1071.0
+
+
+def test_other_errors_are_not_retried(clock: FakeClock) -> None:
+    grid = _grid(clock, 2)
+    grid.failures = [ValueError("a bug")]
+    with pytest.raises(ValueError, match="a bug"):
+        _messenger(grid).node_ids()
+    assert clock.now_s == 1000.0

@@ -1,0 +1,58 @@
+"""The roster: one pinned key and size for each site."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from server.roster import Roster, RosterEntry
+
+OSLO = RosterEntry("oslo", "aa" * 32, 120)
+BERN = RosterEntry("bern", "bb" * 32, 80)
+
+
+def test_sites_are_found_by_name_and_listed_in_order() -> None:
+    roster = Roster([OSLO, BERN])
+    assert list(roster) == ["bern", "oslo"]
+    assert roster["oslo"] == OSLO
+    assert roster.get("nobody") is None
+    assert len(roster) == 2
+
+
+def test_a_saved_roster_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "roster.json"
+    Roster([OSLO, BERN]).save(path)
+    assert dict(Roster.load(path)) == {"bern": BERN, "oslo": OSLO}
+
+
+def test_a_name_enrolled_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names a site twice"):
+        Roster([OSLO, RosterEntry("oslo", "cc" * 32, 1)])
+
+
+def test_a_file_that_names_a_site_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "roster.json"
+    entry = {"site": "oslo", "public_key": "aa", "declared_size": 1}
+    path.write_text(json.dumps([entry, entry]))
+    with pytest.raises(ConfigError, match="names a site twice"):
+        Roster.load(path)
+
+
+def test_a_missing_roster_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="enrol a site first"):
+        Roster.load(tmp_path / "roster.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "7", '{"oslo": 1}', '["oslo"]', '[{"site": "oslo"}]', '[{"site": []}]',
+     '[{"site": "oslo", "public_key": "aa", "declared_size": 1, "extra": 1}]'],
+)  # fmt: skip
+def test_a_malformed_roster_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "roster.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is not a roster; restore it"):
+        Roster.load(path)

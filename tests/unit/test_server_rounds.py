@@ -1,0 +1,535 @@
+"""Rounds with sites that behave and sites that do not: real keys, real tasks, a scripted Grid."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from flwr.serverapp import Grid
+
+from common.adapter import lora_scaling
+from common.config import RunConfig
+from common.errors import QuorumError
+from common.records import Envelope, seal_reply
+from common.signing import SigningKey
+from server.aggregation.types import leading_ranks
+from server.history import History
+from server.messenger import Messenger
+from server.roster import Roster, RosterEntry
+from server.rounds import Federation
+from tests.unit.adapters import adapter_shape, assert_same_products, random_adapter
+from tests.unit.fake_federation import (
+    Behaviour,
+    FakeClock,
+    FakeGrid,
+    FakeSite,
+    crashes,
+    describe,
+    empty_reply,
+    honest,
+    refuses,
+    replays_first,
+    sends_garbage,
+    sends_nan,
+    silent,
+    trained,
+    trains_but_is_late,
+)
+
+# alpha 8 at rank 4: scaling 2.
+CURRENT = random_adapter(0, rank=4, scaling=2.0)
+SETTINGS: dict[str, Any] = {
+    "lora.rank": 4,
+    "lora.alpha": 8.0,
+    "federation.min-sites": 2,
+    "federation.deadline-s": 60.0,
+    "federation.join-timeout-s": 100.0,
+    "evaluation.central-data": "/secret/test.jsonl",
+}
+KEY = SigningKey.generate()
+
+
+class Room:
+    """A Federation, its sites on nodes 2, 3, ... in order of `scripts`, and its history."""
+
+    def __init__(
+        self,
+        clock: FakeClock,
+        folder: Path,
+        scripts: dict[str, list[Behaviour]],
+        **settings: Any,
+    ) -> None:
+        self.clock = clock
+        self.config = RunConfig.parse(
+            {**SETTINGS, **{key.replace("__", "."): value for key, value in settings.items()}}
+        )
+        self.sites = {
+            name: FakeSite(name, KEY.public_hex, script=script) for name, script in scripts.items()
+        }
+        self.grid = FakeGrid(dict(enumerate(self.sites.values(), start=2)), clock=clock)
+        self.history = History(folder / "history.jsonl")
+        self.federation = self.open()
+
+    def open(self, roster: Roster | None = None) -> Federation:
+        """Return a coordinator as it starts; a second one stands for a resumed run."""
+        return Federation(
+            Messenger(cast(Grid, self.grid)),
+            config=self.config,
+            run_uid="run-7",
+            key=KEY,
+            roster=roster or Roster(site.entry for site in self.sites.values()),
+            base_digest="base",
+            shape=adapter_shape(4, scaling=2.0),
+            history=self.history,
+        )
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.history.events() if event["event"] == kind]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    return FakeClock().install(monkeypatch)
+
+
+# One round
+
+
+def test_an_honest_round_brings_every_sites_update_by_name(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    replies = room.federation.run_round(CURRENT, server_round=3)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert (replies.attempts, dict(replies.refused)) == (1, {})
+    for update in replies.updates:
+        assert replies.sent[update.site] is CURRENT
+        assert_same_products(update.state, trained(CURRENT))
+    # Two adapters each way, and what seals them.
+    assert replies.bytes_down > 2 * CURRENT.size_bytes
+    assert replies.bytes_up > 2 * CURRENT.size_bytes
+    assert [event["site"] for event in room.events("reply")] == ["bern", "oslo"]
+    assert room.events("round-started")[0]["sites"] == ["bern", "oslo"]
+
+
+def test_a_task_holds_what_the_site_needs_and_nothing_of_the_coordinators(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.federation.run_round(CURRENT, server_round=3)
+    task = room.sites["oslo"].tasks[0]
+    assert (task.kind, task.run_uid, task.site) == ("train", "run-7", "oslo")
+    assert (task.server_round, task.attempt, task.base_digest) == (3, 1, "base")
+    assert task.adapter_digest == CURRENT.digest()
+    assert task.expires_at >= clock.time() + 60
+    sections = {key.split(".")[0] for key in task.config}
+    assert sections == {"model", "lora", "data", "train", "privacy"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (silent, "silent"),
+        (crashes, "unanswered"),
+        (sends_garbage, "signature"),
+        (sends_nan, "not-finite"),
+        (refuses, "site-policy"),
+    ],
+    ids=["silent", "crashes", "garbage", "nan", "refuses"],
+)
+def test_a_bad_site_is_refused_and_named_and_the_round_goes_on(
+    clock: FakeClock, tmp_path: Path, bad: Behaviour, reason: str
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "evil": [bad], "bern": [honest]})
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {"evil": reason}
+    assert set(replies.sent) == {"bern", "oslo"}
+    assert replies.attempts == 1
+    assert [(e["site"], e["reason"]) for e in room.events("refused")] == [("evil", reason)]
+    assert len(room.sites["evil"].tasks) == 1
+
+
+def test_a_reply_in_anothers_name_counts_for_nobody(clock: FakeClock, tmp_path: Path) -> None:
+    """zurich replays to its own task what oslo signed for oslo's."""
+
+    def steals(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        return room.sites["oslo"].sealed[0]
+
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "zurich": [steals]})
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {"zurich": "signature"}
+
+
+def test_a_message_without_an_envelope_is_refused(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "evil": [honest]})
+    room.federation.gather()
+    room.grid.handlers[4] = empty_reply
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert dict(replies.refused) == {"evil": "unanswered"}
+
+
+def test_no_text_of_a_sites_own_reaches_the_history(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(
+        clock, tmp_path, {"oslo": [honest], "a": [refuses], "b": [crashes], "bern": [honest]}
+    )
+    room.federation.run_round(CURRENT, server_round=1)
+    text = (tmp_path / "history.jsonl").read_text()
+    assert "own words" not in text
+    assert "own text" not in text
+
+
+# Below quorum
+
+
+def test_a_retry_asks_only_the_missing_the_very_same_task(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent, crashes, honest]})
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert replies.attempts == 3
+    # What was once refused and then made good is no longer refused.
+    assert dict(replies.refused) == {}
+    assert len(room.sites["oslo"].tasks) == 1
+    asked = room.sites["bern"].tasks
+    assert [task.attempt for task in asked] == [1, 2, 3]
+    assert len({task.task_id for task in asked}) == 1
+    assert asked[1].expires_at > asked[0].expires_at
+    assert [event["attempt"] for event in room.events("retry")] == [1, 2]
+    # Down: two adapters, then one and one more.
+    assert replies.bytes_down > 4 * CURRENT.size_bytes
+
+
+def test_below_quorum_after_all_retries_nothing_is_merged(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(
+        clock, tmp_path, {"oslo": [honest], "bern": [silent]}, **{"federation__max-retries": 2}
+    )
+    with pytest.raises(
+        QuorumError,
+        match=r"round 4 has 1 usable replies of the 2 it needs after 3 attempts \(bern: silent\)",
+    ):
+        room.federation.run_round(CURRENT, server_round=4)
+    assert [task.attempt for task in room.sites["bern"].tasks] == [1, 2, 3]
+    # Three deadlines and nothing more.
+    assert clock.now_s == pytest.approx(1000.0 + 3 * 60.0)
+
+
+def test_no_retries_means_one_attempt(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(
+        clock, tmp_path, {"oslo": [honest], "bern": [sends_nan]}, **{"federation__max-retries": 0}
+    )
+    with pytest.raises(QuorumError, match=r"after 1 attempts \(bern: not-finite\)"):
+        room.federation.run_round(CURRENT, server_round=1)
+
+
+def test_a_quorum_below_min_sites_is_enough(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent]}, federation__quorum=1)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["oslo"]
+    assert dict(replies.refused) == {"bern": "silent"}
+
+
+@pytest.mark.parametrize(
+    "code", ["policy", "budget", "config", "privacy", "model", "data", "egress"]
+)
+def test_a_site_whose_refusal_is_final_is_not_asked_again(
+    clock: FakeClock, tmp_path: Path, code: str
+) -> None:
+    def refuse(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        sealed = refuses(site, task, envelope)
+        assert isinstance(sealed, Envelope)
+        payload = sealed.payload.replace(b'"policy"', f'"{code}"'.encode())
+        return Envelope(payload, site.key.sign(payload, domain=b"consilium/reply/1"))
+
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent], "evil": [refuse]},
+                **{"federation__min-sites": 3})  # fmt: skip
+    with pytest.raises(QuorumError, match=f"bern: silent, evil: site-{code}"):
+        room.federation.run_round(CURRENT, server_round=1)
+    assert len(room.sites["bern"].tasks) == 3
+    assert len(room.sites["evil"].tasks) == 1
+
+
+def test_a_refusal_is_final_for_its_round_only(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [refuses, honest]})
+    room.federation.run_round(CURRENT, server_round=1)
+    replies = room.federation.run_round(CURRENT, server_round=2)
+    assert [update.site for update in replies.updates] == ["bern", "kiel", "oslo"]
+
+
+def test_when_all_that_is_missing_refused_for_good_the_run_stops_at_once(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [refuses]})
+    with pytest.raises(QuorumError, match=r"after 1 attempts \(bern: site-policy\)"):
+        room.federation.run_round(CURRENT, server_round=1)
+    assert clock.now_s == 1000.0
+
+
+def test_a_site_that_failed_in_training_is_asked_again(clock: FakeClock, tmp_path: Path) -> None:
+    def fails(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        from common.records import error_reply
+
+        reply = error_reply(task, site=site.name, error=MemoryError(), correlation_id="x")
+        return seal_reply(reply, site.key)
+
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [fails, honest]})
+    assert room.federation.run_round(CURRENT, server_round=1).attempts == 2
+
+
+def test_a_reply_to_the_first_attempt_is_not_taken_in_the_second(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    """Whether Flower delivers it late, or the site sends it again under the new message."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [trains_but_is_late, replays_first]})
+    with pytest.raises(QuorumError, match=r"bern: signature"):
+        room.federation.run_round(CURRENT, server_round=1)
+
+    late = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest, silent]})
+    late.grid.delay_s = {3: 61.0}
+    with pytest.raises(QuorumError, match=r"bern: silent"):
+        late.federation.run_round(CURRENT, server_round=1)
+    assert len(late.sites["bern"].sealed) == 1
+
+
+def test_a_replay_of_an_earlier_round_is_refused(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest, replays_first]})
+    room.federation.run_round(CURRENT, server_round=1)
+    with pytest.raises(QuorumError, match=r"bern: signature"):
+        room.federation.run_round(CURRENT, server_round=2)
+
+
+def test_a_resumed_run_asks_for_the_very_same_task(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.federation.run_round(CURRENT, server_round=1)
+    clock.sleep(3600)
+    room.open().run_round(CURRENT, server_round=1)
+    first, second = room.sites["oslo"].tasks
+    assert first.task_id == second.task_id
+
+
+# Who is there
+
+
+def _names(room: Room) -> list[str]:
+    return [member.site for member in room.federation.gather()]
+
+
+def test_sites_introduce_themselves_once(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    assert _names(room) == ["bern", "oslo"]
+    assert _names(room) == ["bern", "oslo"]
+    assert [site.asked for site in room.sites.values()] == [1, 1]
+
+
+def _signs_as(name: str) -> Behaviour:
+    def introduce(site: FakeSite, task: Any, envelope: Envelope) -> Any:
+        genuine = site.name
+        site.name = name
+        try:
+            return describe(site, task, envelope)
+        finally:
+            site.name = genuine
+
+    return introduce
+
+
+@pytest.mark.parametrize(
+    "introduction",
+    [
+        pytest.param(describe, id="enrolled name, unknown key"),
+        pytest.param(_signs_as("oslo"), id="another site's name"),
+        pytest.param(_signs_as("nobody"), id="unknown name"),
+        pytest.param(silent, id="silent"),
+        pytest.param(crashes, id="crashes"),
+        pytest.param(sends_garbage, id="garbage"),
+    ],
+)
+def test_who_cannot_prove_to_be_on_the_roster_is_no_member(
+    clock: FakeClock, tmp_path: Path, introduction: Behaviour
+) -> None:
+    room = Room(clock, tmp_path, {"evil": [honest], "oslo": [honest], "bern": [honest]})
+    room.sites["evil"].describes = [introduction]
+    entries = [room.sites[name].entry for name in ("oslo", "bern")]
+    roster = Roster([*entries, RosterEntry("evil", SigningKey.generate().public_hex, 100)])
+    room.federation = room.open(roster)
+    assert _names(room) == ["bern", "oslo"]
+    room.federation.run_round(CURRENT, server_round=1)
+    assert room.sites["evil"].tasks == []
+
+
+def test_an_unverified_introduction_cannot_crash_the_run(clock: FakeClock, tmp_path: Path) -> None:
+    """Numbers beyond every float, in a reply whose signature nobody has looked at yet."""
+
+    def overflows(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        sealed = describe(site, task, envelope)
+        assert isinstance(sealed, Envelope)
+        payload = sealed.payload.replace(b'"max-rank":4', b'"max-rank":{"float":"0x1p99999"}')
+        assert payload != sealed.payload
+        return Envelope(payload, sealed.signature)
+
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "evil": [honest]})
+    room.sites["evil"].describes = [overflows]
+    assert _names(room) == ["bern", "oslo"]
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ({"declared_size": 1_000_000}, "declares another size than the 100"),
+        ({"max_rank": 0}, "can hold rank 0"),
+    ],
+)
+def test_numbers_other_than_those_enrolled_with_are_refused(
+    clock: FakeClock, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    says: dict[str, int], reason: str,
+) -> None:  # fmt: skip
+    """A site could otherwise give itself any weight."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "greedy": [honest]})
+    for name, value in says.items():
+        setattr(room.sites["greedy"], name, value)
+    with caplog.at_level(logging.WARNING, logger="server.rounds"):
+        assert _names(room) == ["bern", "oslo"]
+    assert reason in caplog.text
+
+
+def test_waiting_for_sites_is_bounded_and_said_once(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest]})
+    with pytest.raises(QuorumError, match=r"1 of 2 sites came within 100 s \(oslo\)"):
+        room.federation.gather()
+    assert 1100.0 <= clock.now_s <= 1103.0
+    assert [(e["present"], e["needed"]) for e in room.events("waiting")] == [(1, 2)]
+
+
+def test_a_site_that_comes_later_is_waited_for(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.grid.online = {2}
+    wait = clock.sleep
+
+    def bern_starts(seconds: float) -> None:
+        wait(seconds)
+        room.grid.online = {2, 3}
+
+    clock.sleep = bern_starts  # type: ignore[method-assign]
+    assert _names(room) == ["bern", "oslo"]
+    assert clock.now_s < 1010.0
+
+
+def test_a_node_that_is_silent_costs_a_short_grace_once_enough_sites_are_there(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "hangs": [honest]},
+                **{"federation__join-timeout-s": 600.0})  # fmt: skip
+    room.sites["hangs"].describes = [silent]
+    assert _names(room) == ["bern", "oslo"]
+    assert clock.now_s <= 1016.0
+    # Later rounds ask it again, and do not wait for minutes either.
+    assert _names(room) == ["bern", "oslo"]
+    assert clock.now_s <= 1032.0
+
+
+def test_a_site_on_a_new_node_is_asked_there(clock: FakeClock, tmp_path: Path) -> None:
+    """A hospital restarted its SuperNode: same site, other node."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.federation.run_round(CURRENT, server_round=1)
+    room.grid.handlers[9] = room.grid.handlers.pop(3)
+    room.grid.online = {2, 9}
+    replies = room.federation.run_round(CURRENT, server_round=2)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert [member.node_id for member in room.federation.gather()] == [9, 2]
+
+
+def test_a_site_that_left_is_not_asked(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [honest]})
+    room.federation.run_round(CURRENT, server_round=1)
+    room.grid.online = {2, 3}
+    replies = room.federation.run_round(CURRENT, server_round=2)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {}
+    assert clock.now_s == 1000.0
+
+
+# Who is asked
+
+
+def test_selection_by_fraction_is_repeatable_and_differs_by_round(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    scripts: dict[str, list[Behaviour]] = {f"site-{i}": [honest] for i in range(8)}
+    room = Room(clock, tmp_path, scripts, federation__fraction=0.5)
+    members = room.federation.gather()
+
+    def draw(federation: Federation, server_round: int) -> list[str]:
+        return [m.site for m in federation.select(members, server_round=server_round)]
+
+    drawn = [draw(room.federation, server_round) for server_round in range(1, 30)]
+    assert all(len(names) == 4 and names == sorted(names) for names in drawn)
+    assert len({tuple(names) for names in drawn}) > 10
+    assert {name for names in drawn for name in names} == set(scripts)
+    again = room.open()
+    assert [draw(again, server_round) for server_round in range(1, 30)] == drawn
+    room.config = room.config.replace({"train.seed": 1})
+    assert [draw(room.open(), server_round) for server_round in range(1, 30)] != drawn
+
+
+def test_only_the_selected_are_asked(clock: FakeClock, tmp_path: Path) -> None:
+    scripts: dict[str, list[Behaviour]] = {f"site-{i}": [honest] for i in range(6)}
+    room = Room(clock, tmp_path, scripts, federation__fraction=0.5)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    asked = {name for name, site in room.sites.items() if site.tasks}
+    assert len(asked) == 3
+    assert {update.site for update in replies.updates} == asked
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.01, 2), (0.4, 2), (0.41, 3), (1.0, 5)])
+def test_a_fraction_is_rounded_up_and_never_below_min_sites(
+    clock: FakeClock, tmp_path: Path, fraction: float, count: int
+) -> None:
+    scripts: dict[str, list[Behaviour]] = {f"site-{i}": [honest] for i in range(5)}
+    room = Room(clock, tmp_path, scripts, federation__fraction=fraction)
+    assert len(room.federation.select(room.federation.gather(), server_round=1)) == count
+
+
+# Mixed ranks
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_each_site_is_sent_the_rank_that_it_holds(
+    clock: FakeClock, tmp_path: Path, use_rslora: bool
+) -> None:
+    room = Room(clock, tmp_path, {"small": [honest], "large": [honest]},
+                **{"lora__use-rslora": use_rslora})  # fmt: skip
+    room.sites["small"].max_rank = 1
+    room.sites["large"].max_rank = 64
+    scaling = lora_scaling(alpha=8.0, rank=4, use_rslora=use_rslora)
+    current = random_adapter(0, rank=4, scaling=scaling)
+    replies = room.federation.run_round(current, server_round=1)
+
+    small_scaling = lora_scaling(alpha=8.0, rank=1, use_rslora=use_rslora)
+    cut = leading_ranks(current, rank=1, scaling=small_scaling)
+    (received,) = room.sites["small"].received
+    assert received.digest() == cut.digest()
+    assert room.sites["small"].tasks[0].config["lora.rank"] == 1
+    assert room.sites["small"].tasks[0].adapter_digest == cut.digest()
+    assert room.sites["large"].tasks[0].config["lora.rank"] == 4
+    assert replies.sent["small"].digest() == cut.digest()
+    ranks = {u.site: (u.state.rank, u.state.scaling) for u in replies.updates}
+    assert ranks == {"small": (1, small_scaling), "large": (4, scaling)}
+
+
+def test_a_site_that_returns_another_rank_than_it_was_sent_is_refused(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    def returns_more(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        from tests.unit.fake_federation import honest_reply
+
+        state = random_adapter(1, rank=4)
+        return seal_reply(
+            honest_reply(site.name, task, state), site.key, adapter=state.to_safetensors()
+        )
+
+    room = Room(clock, tmp_path, {"a": [honest], "b": [honest], "small": [returns_more]})
+    room.sites["small"].max_rank = 1
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert dict(replies.refused) == {"small": "adapter"}
