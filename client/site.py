@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import traceback
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,9 @@ class Site:
             correlation_id = uuid.uuid4().hex[:12]
             text = str(error) if isinstance(error, ConsiliumError) else type(error).__name__
             logger.error("task refused or failed [%s]: %s", correlation_id, text)
-            logger.debug("details of [%s]", correlation_id, exc_info=True)
+            # Frames show code, not values: a third party's message may quote a record.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.debug("where [%s]:\n%s", correlation_id, frames)
             failed = error_reply(
                 task, site=self.config.site.name, error=error, correlation_id=correlation_id
             )

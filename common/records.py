@@ -157,11 +157,6 @@ def open_task(envelope: Envelope, *, public_hex: str, site: str, now_s: float) -
     """
     verify(envelope.payload, envelope.signature, domain=TASK_DOMAIN, public_hex=public_hex)
     task = _parse(envelope.payload, Task)
-    if task.protocol != PROTOCOL:
-        raise ProtocolError(
-            f"the coordinator speaks protocol {task.protocol}, this site {PROTOCOL}; "
-            "upgrade the older of the two"
-        )
     if task.kind not in ("describe", "train"):
         raise ProtocolError(f"task kind {task.kind!r} is none of 'describe', 'train'")
     if now_s > task.expires_at:
@@ -183,9 +178,8 @@ def open_reply(envelope: Envelope, *, task: Task, site: str, public_hex: str) ->
     """
     verify(envelope.payload, envelope.signature, domain=REPLY_DOMAIN, public_hex=public_hex)
     reply = _parse(envelope.payload, Reply)
-    expected = (PROTOCOL, site, task.run_uid, task.server_round, task.attempt, task.sha256)
+    expected = (site, task.run_uid, task.server_round, task.attempt, task.sha256)
     found = (
-        reply.protocol,
         reply.site,
         reply.run_uid,
         reply.server_round,
@@ -193,7 +187,7 @@ def open_reply(envelope: Envelope, *, task: Task, site: str, public_hex: str) ->
         reply.task_sha256,
     )
     if found != expected:
-        names = ("protocol", "site", "run_uid", "round", "attempt", "task digest")
+        names = ("site", "run_uid", "round", "attempt", "task digest")
         wrong = [name for name, a, b in zip(names, found, expected, strict=True) if a != b]
         raise SignatureError(f"a reply signed by {site!r} answers another task: {', '.join(wrong)}")
     return reply
@@ -315,10 +309,15 @@ _T = TypeVar("_T", Task, Reply)
 
 def _parse(payload: bytes, kind: type[_T]) -> _T:
     name = kind.__name__.lower()
+    protocol = PROTOCOL
     try:
         content = _decode(json.loads(payload))
         if not isinstance(content, dict):
             raise ValueError("not an object")
+        # Before the fields: another protocol may have others.
+        protocol = content.get("protocol")
+        if not isinstance(protocol, int) or protocol != PROTOCOL:
+            raise ValueError("protocol")
         if content.get("privacy") is not None:
             content["privacy"] = PrivacyRow(**_typed(content["privacy"], PrivacyRow))
         item = kind(**_typed(content, kind))
@@ -326,6 +325,11 @@ def _parse(payload: bytes, kind: type[_T]) -> _T:
     except (
         ValueError, TypeError, AttributeError, OverflowError, RecursionError, ProtocolError,
     ):  # fmt: skip
+        if isinstance(protocol, int) and protocol != PROTOCOL:
+            raise ProtocolError(
+                f"the {name}'s sender speaks protocol {protocol}, this machine {PROTOCOL}; "
+                "upgrade the older of the two"
+            ) from None
         raise ProtocolError(f"the payload is not a {name} of protocol {PROTOCOL}") from None
     if canonical != payload:
         raise ProtocolError(f"the {name} is not in canonical form")

@@ -24,7 +24,7 @@ from common.model import (
     load_base,
     resolve_model,
 )
-from common.prompts import Examples
+from common.prompts import Examples, resolve_template
 from common.signing import SigningKey
 from server.aggregation import METHODS, SiteUpdate
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -79,6 +79,7 @@ def prepare_run(
         resolve_model(config.model, known=models, hub=True), config.model, device=choose_device()
     )
     shape = adapter_shape(base, config.lora)
+    resolve_template(config.data.prompt_template)
     return PreparedRun(base, shape, load_central_examples(central_files, config, base=base))
 
 

@@ -81,12 +81,13 @@ def run(
         EngineName, typer.Option(help="inline: this process; flower: Ray, through a SuperLink.")
     ] = "inline",
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Default: runs/NAME-OF-RUN-FILE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/NAME of the run.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint.")] = False,
     force: Force = False,
 ) -> None:
     """Run a federation of simulated hospitals."""
-    out = out or Path("runs") / run_file.stem
+    name = _run_name(run_file)
+    out = out or Path("runs") / name
     sources = find_sites(sites_from or run_file.parent / "sites")
     simulation = Simulation(
         config=load_run_config(run_file, overrides=overrides or ()),
@@ -97,7 +98,7 @@ def run(
         resume=resume,
         force=force,
     )
-    with _saved_on_interrupt(out), _progress(run_file.stem, len(sources)) as listener:
+    with _saved_on_interrupt(out), _progress(name, len(sources)) as listener:
         summary = run_simulation(simulation, listener=listener)
     _print_summary(summary)
     console.print(
@@ -119,7 +120,7 @@ def compare(
     force: Force = False,
 ) -> None:
     """Compare untouched base, each site alone, federated, federated with DP, pooled."""
-    out = out or Path("runs") / f"{run_file.stem}-comparison"
+    out = out or Path("runs") / f"{_run_name(run_file)}-comparison"
     _compare(
         Comparison(
             config=load_run_config(run_file, overrides=overrides or ()),
@@ -157,6 +158,11 @@ def demo(
     )
 
 
+def _run_name(run_file: Path) -> str:
+    """The run file's own name, or its folder's where it is just run.toml."""
+    return run_file.stem if run_file.stem != "run" else run_file.resolve().parent.name
+
+
 def _compare(comparison: Comparison) -> None:
     running: list[RunProgress] = []
 
@@ -165,7 +171,7 @@ def _compare(comparison: Comparison) -> None:
             earlier.__exit__(None, None, None)
         running.clear()
         title = arm.name if len(comparison.seeds) == 1 else f"{arm.name} (seed {seed})"
-        view = RunProgress(f"{title:<20}", console=console, expected_sites=len(arm.sources))
+        view = RunProgress(f"{title:<17}", console=console, expected_sites=len(arm.sources))
         running.append(view.__enter__())
         return view
 

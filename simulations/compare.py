@@ -159,8 +159,8 @@ def comparison_table(results: Sequence[ArmResult]) -> Table:
     """Return the results as a table: mean over seeds, spread where there is more than one."""
     seeds = len({result.seed for result in results})
     table = Table(title=f"Central test set, {seeds} seed{'s' if seeds > 1 else ''}")
-    table.add_column("model")
-    for column in ("loss", "perplexity", "token accuracy", "epsilon", "seconds"):
+    table.add_column("model", no_wrap=True)
+    for column in ("loss", "perplexity", "accuracy", "epsilon", "seconds"):
         table.add_column(column, justify="right")
     base = statistics.fmean(r.loss for r in results if r.kind == BASE)
     for label, rows in _groups(results):

@@ -20,13 +20,15 @@ class RunProgress:
         self._sites = expected_sites
         self._rounds = 0
         self._replies = 0
+        self._state = ""
+        self._last = ""
         self._bar = Progress(
             TextColumn("[bold]{task.description}[/]"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
         )
         self._task = self._bar.add_task(title, total=None, state="starting")
@@ -70,9 +72,6 @@ class RunProgress:
         elif kind == "round":
             self._finish_round(event)
 
-    _last = ""
-    _state = ""
-
     def _finish_round(self, event: Event) -> None:
         epsilons = [
             row["epsilon"]
@@ -83,7 +82,7 @@ class RunProgress:
         epsilon = f"  eps {max(epsilons):.2f}" if epsilons else ""
         self._last = loss + epsilon
         self._bar.update(self._task, completed=event["round"] * self._sites)
-        self._show(f"round {event['round']}/{self._rounds} merged{self._last}")
+        self._show(f"round {event['round']}/{self._rounds}{self._last}")
 
     def _show(self, state: str) -> None:
         self._bar.update(self._task, state=state)

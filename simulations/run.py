@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +13,18 @@ from typing import Any, Literal
 import client.app
 from client.app import SITES_VARIABLE
 from common.config import RunConfig
-from common.errors import CheckpointError, ConfigError, EngineError
+from common.errors import CheckpointError, ConfigError, ConsiliumError, EngineError
 from common.model import digest_model, release_base, resolve_model
 from common.signing import SigningKey
 from server.evaluation import central_files
 from server.history import Listener, read_events
 from server.launch import LAUNCH_VARIABLE, Launch, split_settings
-from server.run import RunPlan, prepare_run, run_federation
+from server.run import PreparedRun, RunPlan, prepare_run, run_federation
 from server.run_folder import RunFolder, open_run_folder
 from simulations.embedded import embedded_model_dir
 from simulations.flower import FlowerEngine, run_on_flower
 from simulations.inline import InlineGrid
-from simulations.sites import BaseModelFolder, SourceSite, plan_sites, write_sites
+from simulations.sites import BaseModelFolder, SourceSite, plan_sites, site_records, write_sites
 
 EngineName = Literal["inline", "flower"]
 
@@ -49,6 +50,16 @@ class Simulation:
     num_cpus: int = 2
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedSimulation:
+    """What a check of a simulation found: model.name is a plain name now, the rest is loaded."""
+
+    config: RunConfig
+    model: BaseModelFolder
+    central_files: tuple[Path, ...]
+    prepared: PreparedRun
+
+
 def run_simulation(
     simulation: Simulation, *, listener: Listener = lambda event: None
 ) -> dict[str, Any]:
@@ -57,13 +68,10 @@ def run_simulation(
     listener: is told every event of history.jsonl. Everything that a bad setting can break is checked
     before anything is written. Raises ConsiliumError.
     """
-    config, model, files = check_simulation(simulation)
+    checked = check_simulation(simulation)
+    config, model = checked.config, checked.model
     out = simulation.out.resolve()
     home = out / "simulation"
-    if simulation.force and not simulation.resume and home.exists():
-        # The earlier run's sites: their settings, and what they have spent.
-        shutil.rmtree(home)
-    prepared = prepare_run(config, models={model.name: model.path}, central_files=files)
     key_path = home / "coordinator" / "signing.pem"
     key = SigningKey.load(key_path) if key_path.exists() else SigningKey.generate()
     plans = plan_sites(
@@ -85,11 +93,12 @@ def run_simulation(
             folder=folder,
             key=key,
             roster=roster,
-            prepared=prepared,
+            prepared=checked.prepared,
             resume=simulation.resume,
         )
         return _run_inline(plan, home / "sites", listener)
-    del prepared
+    files = checked.central_files
+    del checked
     release_base()
     roster_path = home / "coordinator" / "roster.json"
     roster.save(roster_path)
@@ -106,22 +115,15 @@ def run_simulation(
     return _run_flower(simulation, folder, home, {**shared, "run.uid": folder.run_uid}, listener)
 
 
-def check_simulation(simulation: Simulation) -> tuple[RunConfig, BaseModelFolder, list[Path]]:
-    """Return the config with model.name as a plain name, the base model and the central files.
+def check_simulation(simulation: Simulation) -> CheckedSimulation:
+    """Check everything that a bad setting or bad data can break; nothing is written.
 
-    Writes nothing. Raises the ConsiliumError of what is wrong; ConfigError naming everything that is,
-    when there is more than one.
+    Raises the ConsiliumError of what is wrong, ConfigError naming it all when that is more than one.
     """
     config, sources = simulation.config, simulation.sources
     problems: list[ConsiliumError] = []
-    plain = model = None
     files: list[Path] = []
-    with _noting(problems):
-        plain, model = resolve_base(config, base_dir=simulation.base_dir)
-        base = load_base(model.path, plain.model, device=choose_device())
-        check_targets(base, config.lora, rank=config.lora.rank)
-    with _noting(problems):
-        resolve_template(config.data.prompt_template)
+    checked = None
     if config.federation.min_sites > len(sources):
         problems.append(
             ConfigError(
@@ -130,24 +132,22 @@ def check_simulation(simulation: Simulation) -> tuple[RunConfig, BaseModelFolder
             )
         )
     with _noting(problems):
-        files = [
-            path.resolve()
-            for path in central_files(
-                config.evaluation.central_data, relative_to=simulation.base_dir
-            )
-        ]
-    for path in files:
-        with _noting(problems):
-            load_records(path, columns=Columns(), split=config.evaluation.split)
+        named = config.evaluation.central_data
+        found = central_files(named, relative_to=simulation.base_dir)
+        files = [path.resolve() for path in found]
+    with _noting(problems):
+        plain, model = resolve_base(config, base_dir=simulation.base_dir)
+        prepared = prepare_run(plain, models={model.name: model.path}, central_files=files)
+        checked = CheckedSimulation(plain, model, tuple(files), prepared)
     for source in sources:
         with _noting(problems):
-            check_source(source, split=config.data.split)
+            site_records(source, split=config.data.split)
     if len(problems) == 1:
         raise problems[0]
-    if problems or plain is None or model is None:
+    if problems or checked is None:
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{len(problems)} problems:\n{listed}")
-    return plain, model, files
+        raise ConfigError(f"{len(problems)} things are wrong:\n{listed}")
+    return checked
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import tomli_w
 
 from client.site_config import SITE_FILE
 from common.config import RunConfig, Scalar
-from common.dataset import load_rows
+from common.dataset import Columns, load_rows
 from common.errors import ConfigError
 from common.files import write_atomically
 from server.run_folder import run_toml
@@ -95,9 +95,7 @@ def _cut(rows: Sequence[Mapping[str, Any]], data: OwnData) -> dict[str, Sequence
                 )
             labels = [str(row[data.column]) for row in rows]
             if data.partition == "column":
-                return {
-                    _site_name(name): part for name, part in partition_by_column(labels).items()
-                }
+                return _named(partition_by_column(labels))
             parts = partition_dirichlet(
                 labels,
                 num_sites=data.num_sites,
@@ -107,6 +105,19 @@ def _cut(rows: Sequence[Mapping[str, Any]], data: OwnData) -> dict[str, Sequence
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return {f"site-{number + 1:02d}": part for number, part in enumerate(parts)}
+
+
+def _named(parts: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    named: dict[str, Sequence[int]] = {}
+    for value, part in parts.items():
+        name = _site_name(value)
+        if name in named:
+            raise ConfigError(
+                f"two values of the column give the site name {name!r}; make them differ in letters "
+                "or digits, or cut by another column"
+            )
+        named[name] = part
+    return named
 
 
 def _site_name(text: str) -> str:
@@ -142,7 +153,9 @@ def _finish(folder: Path, config: RunConfig, *, num_sites: int) -> list[Path]:
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+    # A split that the data came with is another cut than this one, and would hide records from it.
+    kept = [{key: value for key, value in row.items() if key != Columns().split} for row in rows]
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
     write_atomically(path, text.encode())
 
 
@@ -150,4 +163,3 @@ def _refuse_existing(folder: Path) -> None:
     taken = [name for name in ("run.toml", "sites", "central.jsonl") if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder} already holds {', '.join(taken)}; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)

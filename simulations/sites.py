@@ -54,7 +54,7 @@ _NO_MODEL = BaseModelFolder("none", Path(), "0" * 64)
 def find_sites(folder: Path) -> list[SourceSite]:
     """Return the sites of a folder, sorted by name.
 
-    Raises ConfigError when there are none, a site.toml names no data, or two have one name.
+    Raises ConfigError when there are none, or a site.toml names no data.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -74,12 +74,6 @@ def find_sites(folder: Path) -> list[SourceSite]:
             f"{folder} holds neither site folders (with {SITE_FILE}) nor {', '.join(DATA_SUFFIXES)} "
             "files"
         )
-    names = [site.name for site in sites]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f"{folder} holds more than one site called {', '.join(twice)}; rename one"
-        )
     return sites
 
 
@@ -90,7 +84,7 @@ def plan_sites(
     coordinator_public_key: str,
     split: str,
 ) -> dict[str, str]:
-    """Return site name -> its site.toml, having read every site's data; nothing is written.
+    """Return site name -> its site.toml; nothing is written.
 
     split: the rows that count towards a size not declared.
     Raises ConfigError for a site.toml that is not usable, DataError for data that is not.
@@ -127,11 +121,6 @@ def _from_site_folder(folder: Path) -> SourceSite:
     except (KeyError, TypeError):
         raise ConfigError(f"{folder / SITE_FILE} needs name in [site] and path in [data]") from None
     return SourceSite(name, (folder / path).resolve(), settings)
-
-
-def check_source(source: SourceSite, *, split: str) -> None:
-    """Raise ConfigError when a site's settings are not usable, DataError when its records are not."""
-    site_records(source, split=split)
 
 
 def site_records(source: SourceSite, *, split: str) -> Records:

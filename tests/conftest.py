@@ -10,6 +10,11 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure: no test is timed.
+settings.register_profile("consilium", deadline=None)
+settings.load_profile("consilium")
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:

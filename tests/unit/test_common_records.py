@@ -239,7 +239,9 @@ def test_task_opens_as_it_was_sealed() -> None:
     opened = _open_task(seal_task(TASK, COORDINATOR, adapter=b"bytes"))
 
     assert opened == TASK
-    assert [type(v) for v in opened.config.values()] == [type(v) for v in TASK.config.values()]
+    assert {k: type(v) for k, v in opened.config.items()} == {
+        k: type(v) for k, v in TASK.config.items()
+    }
 
 
 config_values = st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
@@ -310,9 +312,12 @@ def test_another_protocol_version_is_refused_in_words() -> None:
     newer = seal_task(replace(TASK, protocol=PROTOCOL + 1), COORDINATOR)
 
     with pytest.raises(
-        ProtocolError, match=f"speaks protocol {PROTOCOL + 1}, this site {PROTOCOL}; upgrade"
+        ProtocolError,
+        match=f"task's sender speaks protocol {PROTOCOL + 1}, this machine {PROTOCOL}; upgrade",
     ):
         _open_task(newer)
+    with pytest.raises(ProtocolError, match=f"reply's sender speaks protocol {PROTOCOL - 1}"):
+        _open_reply(seal_reply(replace(REPLY, protocol=PROTOCOL - 1), NORTH))
 
 
 def test_newer_protocol_is_named_even_when_its_fields_have_changed() -> None:
@@ -346,8 +351,28 @@ def test_payload_that_is_not_canonical_is_refused(payload: bytes) -> None:
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"[]", b"null", b"\xff", b"1" * 5000, b"[" * 100_000, b'{"float":"0x1p+0"}', b"{}"],
-    ids=["empty", "list", "null", "no text", "huge number", "deep", "float", "no fields"],
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"1" * 5000,
+        b"[" * 100_000,
+        b'{"float":"0x1p99999"}',
+        b'{"float":"0x1p+0"}',
+        b"{}",
+    ],
+    ids=[
+        "empty",
+        "list",
+        "null",
+        "no text",
+        "huge number",
+        "deep",
+        "overflow",
+        "float",
+        "no fields",
+    ],
 )
 def test_payload_that_is_no_task_is_refused_in_words(payload: bytes) -> None:
     with pytest.raises(ProtocolError, match=f"not a task of protocol {PROTOCOL}"):
@@ -363,6 +388,8 @@ def test_payload_that_is_no_task_is_refused_in_words(payload: bytes) -> None:
         {"server_round": "1"},
         {"site": 1},
         {"site": None},
+        {"protocol": True},
+        {"protocol": "1"},
         {"expires_at": 1e300},
         {"config": None},
         {"config": {"lora.rank": None}},
@@ -434,7 +461,6 @@ def test_reply_signed_by_another_site_is_refused() -> None:
         ({"server_round": 1}, "round"),
         ({"attempt": 2}, "attempt"),
         ({"task_sha256": "00" * 32}, "task digest"),
-        ({"protocol": PROTOCOL + 1}, "protocol"),
         ({"attempt": 2, "server_round": 1}, "round, attempt"),
     ],
 )

@@ -32,7 +32,7 @@ def _trained(base: BaseModel, lora: LoraSection) -> AdapterState:
     random = np.random.default_rng(0)
     return AdapterState(
         {
-            name: LoraPair(pair.A, (0.05 * random.standard_normal(pair.B.shape)).astype(np.float32))
+            name: LoraPair(pair.A, (0.3 * random.standard_normal(pair.B.shape)).astype(np.float32))
             for name, pair in start.pairs.items()
         },
         start.scaling,

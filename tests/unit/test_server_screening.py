@@ -97,7 +97,6 @@ NOT_OSLOS_ANSWER: dict[str, Callable[[], Envelope]] = {
     "a replay of another run": lambda: _answering(replace(TASK, run_uid="run-6")),
     "a reply to other settings": lambda: _answering(replace(TASK, config={"lora.rank": 1})),
     "a reply to another incoming adapter": lambda: _answering(replace(TASK, adapter_digest="x")),
-    "another protocol version": lambda: _sealed(_honest(protocol=2)),
     "the wrong round, the right task": lambda: _sealed(_honest(server_round=4)),
     "the wrong attempt, the right task": lambda: _sealed(_honest(attempt=1)),
     "the wrong run, the right task": lambda: _sealed(_honest(run_uid="run-6")),
@@ -133,6 +132,7 @@ def test_signing_the_json_form_by_hand_gives_an_honest_reply() -> None:
 
 
 NO_REPLY: dict[str, Callable[[], Envelope]] = {
+    "another protocol version": lambda: _sealed(_honest(protocol=2)),
     "nothing": lambda: _signed(b""),
     "garbage": lambda: _signed(b"\x00\xff\xfe garbage"),
     "another JSON value": lambda: _signed(b"[]"),

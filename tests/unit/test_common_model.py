@@ -1,0 +1,455 @@
+"""The base model: which one it is, how it is quantised, and how it is lent with an adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.adapter import AdapterState, LoraPair
+from common.config import LoraSection, ModelSection
+from common.errors import ModelError, SignatureError
+from common.model import (
+    BaseModel,
+    adapter_shape,
+    attached,
+    check_targets,
+    choose_device,
+    digest_model,
+    initial_adapter,
+    load_base,
+    peft_config,
+    read_adapter,
+    release_base,
+    resolve_model,
+    write_adapter,
+)
+
+CPU = torch.device("cpu")
+LORA = LoraSection(rank=4, alpha=8.0)
+IDS = torch.tensor([[1, 70, 80, 90, 100, 2]])
+
+# Llama of tests/conftest.py: hidden 32, 4 heads of 8, 2 key-value heads, intermediate 64.
+SIDES = {
+    "self_attn.q_proj": (32, 32),
+    "self_attn.k_proj": (16, 32),
+    "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32),
+    "mlp.gate_proj": (64, 32),
+    "mlp.up_proj": (64, 32),
+    "mlp.down_proj": (32, 64),
+}
+
+
+@pytest.fixture(scope="module", params=["none", "nf4", "int8"])
+def base(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[BaseModel]:
+    yield load_base(tiny_model_dir, ModelSection(quantization=request.param), device=CPU)
+    release_base()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_dir: Path) -> BaseModel:
+    return load_base(tiny_model_dir, ModelSection(quantization="none"), device=CPU)
+
+
+@pytest.fixture
+def copy(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+# Folders and digests
+
+
+def test_digest_is_the_same_for_a_copy(tiny_model_dir: Path, copy: Path) -> None:
+    assert digest_model(copy) == digest_model(tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("position", [0, -1])
+def test_digest_changes_with_any_byte(
+    tiny_model_dir: Path, copy: Path, name: str, position: int
+) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[position] ^= 1
+    (copy / name).write_bytes(content)
+
+    assert digest_model(copy) != digest_model(tiny_model_dir)
+
+
+def test_change_in_place_is_seen_by_a_process_that_digested_before(copy: Path) -> None:
+    before = digest_model(copy)
+    path = copy / "config.json"
+    path.write_bytes(path.read_bytes().replace(b"32", b"64", 1))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+    assert digest_model(copy) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "merges.txt", "spiece.model", "extra.safetensors", "a.json"]
+)
+def test_digest_changes_with_a_file_that_would_be_read(
+    tiny_model_dir: Path, copy: Path, name: str
+) -> None:
+    (copy / name).write_bytes(b"")
+
+    assert digest_model(copy) != digest_model(tiny_model_dir)
+
+
+def test_digest_changes_when_a_file_is_renamed(tiny_model_dir: Path, copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+
+    assert digest_model(copy) != digest_model(tiny_model_dir)
+
+
+def test_files_that_are_never_read_do_not_change_the_digest(
+    tiny_model_dir: Path, copy: Path
+) -> None:
+    (copy / "README.md").write_text("read me")
+    (copy / "modeling_evil.py").write_text("raise SystemExit")
+
+    assert digest_model(copy) == digest_model(tiny_model_dir)
+
+
+@pytest.mark.parametrize("check", [digest_model, lambda f: resolve_model(_section(f), known={})])
+def test_folder_without_safetensors_is_refused_with_a_hint(copy: Path, check: object) -> None:
+    assert callable(check)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks \*\.safetensors$"):
+        check(copy)
+    (copy / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match=r"lacks \*\.safetensors; it holds pickled \*\.bin"):
+        check(copy)
+
+
+def test_all_missing_parts_of_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lacks config.json, \*.safetensors, tokenizer files$"):
+        digest_model(tmp_path)
+
+
+def _section(folder: Path | str) -> ModelSection:
+    return ModelSection(name=str(folder))
+
+
+def test_known_names_come_before_folders(
+    copy: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy.parent)
+
+    assert resolve_model(_section("model"), known={}) == copy.resolve()
+    assert resolve_model(_section("model"), known={"model": tiny_model_dir}) == (
+        tiny_model_dir.resolve()
+    )
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_name_that_is_nowhere_is_refused(hub: bool) -> None:
+    with pytest.raises(ModelError, match=r"model.name = 'nobody/nothing' is "):
+        resolve_model(_section("nobody/nothing"), known={"embedded": Path()}, hub=hub)
+
+
+# Loading
+
+
+def test_wrong_digest_is_refused_before_loading(tiny_model_dir: Path) -> None:
+    with pytest.raises(SignatureError, match=r"expected ffffffffffffffff\.\.\."):
+        load_base(tiny_model_dir, ModelSection(), device=CPU, expected_digest="f" * 64)
+
+
+def test_right_digest_is_accepted(tiny_model_dir: Path) -> None:
+    digest = digest_model(tiny_model_dir)
+
+    loaded = load_base(
+        tiny_model_dir, ModelSection(quantization="none"), device=CPU, expected_digest=digest
+    )
+
+    assert loaded.digest == digest
+
+
+def test_base_is_frozen_in_evaluation_mode_and_answers(base: BaseModel) -> None:
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert not base.model.config.use_cache
+    assert _logits(base.model).shape == (1, 6, 300)
+    assert torch.isfinite(_logits(base.model)).all()
+    assert base.pad_id == 0
+    assert base.device == CPU
+
+
+def test_newest_base_is_kept_in_memory(tiny_model_dir: Path) -> None:
+    section = ModelSection(quantization="none")
+    first = load_base(tiny_model_dir, section, device=CPU)
+
+    assert load_base(tiny_model_dir, section, device=CPU) is first
+    release_base()
+    assert load_base(tiny_model_dir, section, device=CPU) is not first
+
+
+def test_nf4_base_is_four_bit_with_double_quantisation_and_no_cpu_kernel(
+    tiny_model_dir: Path,
+) -> None:
+    model = load_base(tiny_model_dir, ModelSection(quantization="nf4"), device=CPU).model
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+
+    assert len(layers) == 2 * len(SIDES)
+    assert type(model.get_output_embeddings()) is nn.Linear
+    _logits(model)
+    for layer in layers:
+        assert layer.weight.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+        assert layer.weight.dtype == torch.uint8
+        assert not layer.support_avx512bf16_for_cpu
+
+
+def test_int8_base_is_eight_bit(tiny_model_dir: Path) -> None:
+    model = load_base(tiny_model_dir, ModelSection(quantization="int8"), device=CPU).model
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+
+    assert len(layers) == 2 * len(SIDES)
+    assert all(layer.weight.dtype == torch.int8 for layer in layers)
+
+
+def test_unquantised_base_speaks_the_dtype_that_is_asked_for(tiny_model_dir: Path) -> None:
+    section = ModelSection(quantization="none", compute_dtype="bfloat16")
+    automatic = ModelSection(quantization="none")
+
+    def dtypes(chosen: ModelSection) -> set[torch.dtype]:
+        return {p.dtype for p in load_base(tiny_model_dir, chosen, device=CPU).model.parameters()}
+
+    assert dtypes(section) == {torch.bfloat16}
+    assert dtypes(automatic) == {torch.float32}
+
+
+def test_quantised_bases_answer_almost_as_the_plain_one(
+    base: BaseModel, tiny_model_dir: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    exact = _logits(AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32))
+
+    # Four bits on a random model: 0.21 measured; eight bits: 0.01.
+    assert (_logits(base.model) - exact).norm() / exact.norm() < 0.35
+
+
+def test_model_that_cannot_be_loaded_is_refused_in_words(copy: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": "nonsense"}')
+
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_base(copy, ModelSection(quantization="none"), device=CPU)
+
+
+def test_code_that_comes_with_a_model_never_runs(copy: Path) -> None:
+    proof = copy / "ran"
+    (copy / "evil.py").write_text(f"open({str(proof)!r}, 'w').close()\nclass Evil: pass\n")
+    (copy / "config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", '
+        '"AutoModelForCausalLM": "evil.Evil"}}'
+    )
+
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_base(copy, ModelSection(quantization="none"), device=CPU)
+
+    assert not proof.exists()
+
+
+def test_device_is_chosen_or_taken_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device() == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cpu") == CPU
+
+
+# LoRA settings
+
+
+def test_shape_names_every_linear_layer_but_the_head(base: BaseModel) -> None:
+    shape = adapter_shape(base, LORA)
+
+    assert shape.modules == {
+        f"model.layers.{layer}.{name}": sides for layer in (0, 1) for name, sides in SIDES.items()
+    }
+    assert (shape.rank, shape.scaling) == (4, 2.0)
+
+
+def test_shape_at_another_rank_and_for_named_modules(plain: BaseModel) -> None:
+    lora = LoraSection(rank=4, alpha=8.0, target_modules="q_proj, v_proj", use_rslora=True)
+
+    shape = adapter_shape(plain, lora, rank=16)
+
+    assert {name.split(".")[-1] for name in shape.modules} == {"q_proj", "v_proj"}
+    assert (len(shape.modules), shape.rank, shape.scaling) == (4, 16, 2.0)
+
+
+@pytest.mark.parametrize(("targets", "rank"), [("all-linear", 17), ("q_proj", 33)])
+def test_rank_larger_than_a_layer_is_refused(plain: BaseModel, targets: str, rank: int) -> None:
+    lora = LoraSection(rank=rank, target_modules=targets)
+
+    with pytest.raises(ModelError, match=rf"lora.rank = {rank} is larger .* at most {rank - 1}"):
+        adapter_shape(plain, lora)
+    check_targets(plain, lora, rank=rank - 1)
+
+
+def test_unknown_target_is_refused_naming_those_that_exist(plain: BaseModel) -> None:
+    lora = LoraSection(target_modules="q_proj,query")
+
+    with pytest.raises(
+        ModelError, match=r"\['query'\] match no layer; this model has \['down_proj', .*'v_proj'\]"
+    ):
+        initial_adapter(plain, lora, seed=0)
+
+
+def test_peft_config_trains_no_bias_and_takes_the_rank_it_is_given() -> None:
+    config = peft_config(LORA, rank=2)
+
+    assert (config.r, config.lora_alpha, config.bias) == (2, 8.0, "none")
+    assert peft_config(LORA).r == 4
+
+
+# Lending
+
+
+def test_base_comes_back_exactly_as_it_was_lent(base: BaseModel) -> None:
+    modules = [(name, type(module)) for name, module in base.model.named_modules()]
+    attributes = set(vars(base.model))
+    before = _logits(base.model)
+
+    for rank in (4, 2):
+        with attached(base, LORA, rank=rank) as model:
+            names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            assert len(names) == 2 * 2 * len(SIDES)
+            assert all(".lora_" in name for name in names)
+            assert {p.dtype for p in names.values()} == {torch.float32}
+            with torch.no_grad():
+                for parameter in names.values():
+                    parameter.fill_(0.3)
+            assert read_adapter(model, LORA, rank=rank).rank == rank
+            assert not torch.equal(_logits(model), before)
+
+        assert torch.equal(_logits(base.model), before)
+        assert not any(parameter.requires_grad for parameter in base.model.parameters())
+        assert [(name, type(module)) for name, module in base.model.named_modules()] == modules
+        assert set(vars(base.model)) == attributes
+
+
+def test_base_comes_back_after_a_failure_too(plain: BaseModel) -> None:
+    before = _logits(plain.model)
+
+    with pytest.raises(ValueError, match="training failed"), attached(plain, LORA):
+        raise ValueError("training failed")
+
+    assert torch.equal(_logits(plain.model), before)
+    assert not any(".lora_" in name for name, _ in plain.model.named_parameters())
+
+
+def test_dora_comes_off_again(plain: BaseModel) -> None:
+    before = _logits(plain.model)
+
+    with attached(plain, LoraSection(rank=2, use_dora=True)) as model:
+        assert any("magnitude" in name for name, _ in model.named_parameters())
+
+    assert torch.equal(_logits(plain.model), before)
+
+
+def test_initial_adapter_changes_nothing_and_can_learn(plain: BaseModel) -> None:
+    state = initial_adapter(plain, LORA, seed=3)
+
+    assert all(not pair.B.any() for pair in state.pairs.values())
+    assert all(pair.A.all() for pair in state.pairs.values())
+    with attached(plain, LORA) as model:
+        write_adapter(model, state)
+        lent = _logits(model)
+    assert torch.equal(lent, _logits(plain.model))
+
+
+def test_initial_adapter_depends_on_the_seed_alone(plain: BaseModel) -> None:
+    torch.manual_seed(1)
+    first = initial_adapter(plain, LORA, seed=3)
+    torch.manual_seed(2)
+    stream = torch.get_rng_state()
+
+    assert initial_adapter(plain, LORA, seed=3).digest() == first.digest()
+    assert initial_adapter(plain, LORA, seed=4).digest() != first.digest()
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+def _random_like(state: AdapterState) -> AdapterState:
+    random = np.random.default_rng(0)
+    return AdapterState(
+        {
+            name: LoraPair(
+                random.standard_normal(pair.A.shape, np.float32),
+                random.standard_normal(pair.B.shape, np.float32),
+            )
+            for name, pair in state.pairs.items()
+        },
+        state.scaling,
+    )
+
+
+def test_written_adapter_reads_back_bit_for_bit(base: BaseModel) -> None:
+    state = _random_like(initial_adapter(base, LORA, seed=0))
+
+    with attached(base, LORA) as model:
+        write_adapter(model, state)
+        found = read_adapter(model, LORA, rank=4)
+
+    assert found.digest() == state.digest()
+    assert found.scaling == state.scaling == 2.0
+
+
+def test_adapter_that_is_read_is_a_copy(plain: BaseModel) -> None:
+    with attached(plain, LORA) as model:
+        state = read_adapter(model, LORA, rank=4)
+        digest = state.digest()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1)
+        assert read_adapter(model, LORA, rank=4).digest() != digest
+
+    assert state.digest() == digest
+
+
+def test_written_adapter_adds_scaling_times_b_a(plain: BaseModel) -> None:
+    lora = LoraSection(rank=4, alpha=8.0, target_modules="q_proj")
+    state = _random_like(initial_adapter(plain, lora, seed=0))
+    name = "model.layers.0.self_attn.q_proj"
+    layer = plain.model.get_submodule(name)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        expected = (
+            layer(x) + 2.0 * x @ torch.from_numpy(state.pairs[name].B @ state.pairs[name].A).T
+        )
+        with attached(plain, lora) as model:
+            write_adapter(model, state)
+            found = model.get_submodule(f"base_model.model.{name}")(x)
+
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_adapter_that_does_not_fit_is_not_written(plain: BaseModel) -> None:
+    state = initial_adapter(plain, LORA, seed=0)
+    fewer = AdapterState(dict(list(state.pairs.items())[:-1]), state.scaling)
+
+    with attached(plain, LORA, rank=2) as model:
+        with pytest.raises(ModelError, match="modules are not those of the model"):
+            write_adapter(model, fewer)
+        with pytest.raises(ModelError, match=r"adapter \(4, 32\), model \(2, 32\)"):
+            write_adapter(model, state)
