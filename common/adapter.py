@@ -88,6 +88,15 @@ class AdapterState:
         data: bytes = save({n: np.ascontiguousarray(a) for n, a in self.tensors().items()})
         return data
 
+    def product_norm_bound(self) -> float:
+        """Return an upper bound of every module's Frobenius norm of scaling * B @ A."""
+        return max(
+            self.scaling
+            * float(np.linalg.norm(pair.A.astype(np.float64)))
+            * float(np.linalg.norm(pair.B.astype(np.float64)))
+            for pair in self.pairs.values()
+        )
+
     def is_finite(self) -> bool:
         """Whether no factor holds NaN or infinity."""
         return all(

@@ -129,3 +129,13 @@ class EngineError(ConsiliumError):
 
     code = "engine"
     exit_code = 5
+
+
+def known_codes() -> frozenset[str]:
+    """Return every code that an error of this tree can leave a hospital as."""
+    pending, codes = [ConsiliumError], set()
+    while pending:
+        kind = pending.pop()
+        codes.add(kind.code)
+        pending += kind.__subclasses__()
+    return frozenset(codes)

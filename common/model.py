@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -87,6 +88,21 @@ def check_model_folder(folder: Path) -> None:
         if "*.safetensors" in missing and any(folder.glob("*.bin")):
             hint = "; it holds pickled *.bin weights, which are never loaded: convert them first"
         raise ModelError(f"model folder {folder} lacks {', '.join(missing)}{hint}")
+    _check_shards(folder)
+
+
+def _check_shards(folder: Path) -> None:
+    """Every weight must be in a file of this folder: the digest covers no other."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is not an index of safetensors shards") from None
+    outside = sorted(s for s in shards if Path(s).name != s or not (folder / s).is_file())
+    if outside:
+        raise ModelError(f"{index} names {outside[0]!r}, which is not a file of {folder}")
 
 
 def digest_model(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -25,11 +25,14 @@ _FIELDS = {"instruction", "input"}
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked (`instruction`, `input`) and what it should answer (`output`)."""
+    """What a model is asked (`instruction`, `input`) and what it should answer (`output`).
 
-    instruction: str
-    input: str
-    output: str
+    Text stays out of repr(), and so out of tracebacks and logs.
+    """
+
+    instruction: str = field(repr=False)
+    input: str = field(repr=False)
+    output: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

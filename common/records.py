@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from common.config import Scalar
-from common.errors import ConsiliumError, ProtocolError, SignatureError
+from common.errors import ConsiliumError, ProtocolError, SignatureError, known_codes
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey, verify
 
 # Raised whenever a field or its meaning changes; a site refuses any other and says so in words.
@@ -309,7 +309,7 @@ _T = TypeVar("_T", Task, Reply)
 
 def _parse(payload: bytes, kind: type[_T]) -> _T:
     name = kind.__name__.lower()
-    protocol = PROTOCOL
+    protocol: Any = PROTOCOL
     try:
         content = _decode(json.loads(payload))
         if not isinstance(content, dict):
@@ -369,4 +369,11 @@ def _typed(content: Any, kind: type[Any]) -> dict[str, Any]:
             or not math.isfinite(value)
         ):
             raise ValueError("numbers")
+    for name in ("epsilon", "delta", "noise_multiplier", "sample_rate"):
+        # Infinite epsilon is an honest answer; NaN and less than nothing are not.
+        if name in content and not content[name] >= 0:
+            raise ValueError(name)
+    code = content.get("error_code", "")
+    if code and code not in known_codes():
+        raise ValueError("error_code")
     return content

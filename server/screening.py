@@ -13,6 +13,9 @@ from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureEr
 from common.records import Envelope, PrivacyRow, Reply, Task, open_reply
 from server.roster import Roster
 
+# Far above any adapter that was trained, far enough below float32's 3e38 that sums stay finite.
+_MAX_PRODUCT_NORM = 1e30
+
 
 @dataclass(frozen=True, slots=True)
 class AcceptedUpdate:
@@ -55,7 +58,8 @@ def screen_update(
     """Return the update in a reply to a train task.
 
     shape: what the site was asked to train. Raises ScreeningError as `screen_reply` does, and with
-    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest" or "not-finite".
+    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest", "not-finite" or
+    "too-large" (finite, but a merge of it might not be).
     """
     reply = screen_reply(envelope, task=task, site=site, roster=roster)
     try:
@@ -66,4 +70,6 @@ def screen_update(
         raise ScreeningError("digest", f"{site}: the adapter is not the one that was signed")
     if not state.is_finite():
         raise ScreeningError("not-finite", f"{site}: the adapter holds NaN or infinity")
+    if not state.product_norm_bound() < _MAX_PRODUCT_NORM:
+        raise ScreeningError("too-large", f"{site}: the adapter's product overflows float32")
     return AcceptedUpdate(site, state, reply.numbers, reply.privacy, envelope.size_bytes)

@@ -57,13 +57,13 @@ class RunProgress:
         elif kind == "waiting":
             self._show(f"waiting for sites ({event['present']}/{event['needed']})")
         elif kind == "round-started":
-            self._replies = 0
+            self._replies, self._asked = 0, len(event["sites"])
             self._state = f"round {event['round']}/{self._rounds}"
-            self._show(f"{self._state}  sites 0/{len(event['sites'])}{self._last}")
+            self._show(f"{self._state}  sites 0/{self._asked}{self._last}")
         elif kind == "reply":
             self._replies += 1
             self._bar.advance(self._task)
-            self._show(f"{self._state}  sites {self._replies}/{self._sites}{self._last}")
+            self._show(f"{self._state}  sites {self._replies}/{self._asked}{self._last}")
         elif kind == "refused":
             self._bar.console.print(
                 f"[yellow]round {event['round']}: {event['site']} refused "

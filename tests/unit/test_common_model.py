@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -314,6 +315,11 @@ def test_unknown_target_is_refused_naming_those_that_exist(plain: BaseModel) -> 
         initial_adapter(plain, lora, seed=0)
 
 
+def test_output_head_is_no_target(plain: BaseModel) -> None:
+    with pytest.raises(ModelError, match=r"\['lm_head'\] match no layer"):
+        adapter_shape(plain, LoraSection(target_modules="lm_head"))
+
+
 def test_peft_config_trains_no_bias_and_takes_the_rank_it_is_given() -> None:
     config = peft_config(LORA, rank=2)
 
@@ -453,3 +459,17 @@ def test_adapter_that_does_not_fit_is_not_written(plain: BaseModel) -> None:
             write_adapter(model, fewer)
         with pytest.raises(ModelError, match=r"adapter \(4, 32\), model \(2, 32\)"):
             write_adapter(model, state)
+
+
+@pytest.mark.parametrize("shard", ["../stolen.safetensors", "absent.safetensors"])
+def test_a_shard_that_the_digest_would_not_cover_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, shard: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (tmp_path / "stolen.safetensors").write_bytes(b"elsewhere")
+    index = {"weight_map": {"lm_head.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(ModelError, match="which is not a file of"):
+        digest_model(folder)

@@ -638,3 +638,16 @@ def test_what_the_relay_imports_holds_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("epsilon", [float("nan"), -1.0])
+def test_an_epsilon_that_is_no_bound_is_refused(epsilon: float) -> None:
+    row = PrivacyRow("record", epsilon, 1e-5, 1.0, 0.1, 3)
+
+    with pytest.raises(ProtocolError, match="not a reply"):
+        _open_reply(seal_reply(replace(REPLY, privacy=row), NORTH))
+
+
+def test_an_error_code_of_ones_own_making_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="not a reply"):
+        _open_reply(seal_reply(replace(REPLY, error_code="patient Miller"), NORTH))

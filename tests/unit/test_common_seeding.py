@@ -38,3 +38,4 @@ def test_seeds_differ_when_parts_do(a: list[int | str], b: list[int | str]) -> N
 
 def test_number_and_its_text_are_different_parts() -> None:
     assert derive_seed(1, "2") != derive_seed("1", 2) != derive_seed(12)
+    assert derive_seed("a", "b") != derive_seed("astr:b")

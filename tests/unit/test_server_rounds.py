@@ -440,6 +440,21 @@ def test_a_site_on_a_new_node_is_asked_there(clock: FakeClock, tmp_path: Path) -
     assert [member.node_id for member in room.federation.gather()] == [9, 2]
 
 
+def test_a_site_whose_old_node_is_still_listed_is_asked_once_on_the_new_one(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    """Flower lists a dead SuperNode until its heartbeat lapses."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.federation.gather()
+    bern = room.grid.handlers[3]
+    room.grid.handlers.update({3: lambda message: None, 9: bern})
+    room.grid.online = {2, 3, 9}
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    asked = [m.metadata.dst_node_id for m in room.grid.pushed if m.metadata.message_type == "train"]
+    assert sorted(asked) == [2, 9]
+
+
 def test_a_site_that_left_is_not_asked(clock: FakeClock, tmp_path: Path) -> None:
     room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [honest]})
     room.federation.run_round(CURRENT, server_round=1)

@@ -282,3 +282,14 @@ def test_random_bytes_are_refused_signed_or_not(payload: bytes, adapter: bytes, 
     signature = OSLO.sign(payload, domain=REPLY_DOMAIN) if sign else b""
     with pytest.raises(ScreeningError, match=r"."):
         _screen(Envelope(payload, signature, adapter))
+
+
+def test_a_finite_adapter_whose_merge_would_overflow_is_refused() -> None:
+    pairs = {
+        name: LoraPair(np.full_like(p.A, 3e38), np.full_like(p.B, 3e38))
+        for name, p in STATE.pairs.items()
+    }
+    state = AdapterState(pairs, STATE.scaling)
+    reply = _honest(adapter_digest=state.digest())
+
+    assert _reason(_sealed(reply, adapter=state.to_safetensors())) == "too-large"

@@ -46,7 +46,8 @@ def _comparison(scenario: Path, out: Path, **options: Any) -> Comparison:
 
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    return write_scenario(tmp_path_factory.mktemp("compare") / "scenario", tiny_model_dir)
+    folder = tmp_path_factory.mktemp("compare") / "scenario"
+    return write_scenario(folder, tiny_model_dir, changes={"train.rounds": 1})
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +133,14 @@ def test_each_arm_leaves_its_run_and_the_pooled_one_every_record(finished: Finis
         for path in out.glob("runs/*/*/summary.json")
         for row in json.loads(path.read_text())["privacy"].values()
     }
-    assert steps == {4}, "as many steps for every model"
+    assert steps == {2}, "as many steps for every model"
 
 
 def test_arms_differ_in_sites_and_privacy_only(scenario: Path, tmp_path: Path) -> None:
     changes = {"train.learning-rate": 0.5}
     comparison = _comparison(scenario, tmp_path, dp_changes=changes, pooled=False)
+    private = comparison.config.replace({"privacy.unit": "record", "train.rounds": 3})
+    comparison = replace(comparison, config=private)
     arms = {arm.kind: arm for arm in plan_arms(comparison)}
     assert set(arms) == {ALONE, FEDERATED, FEDERATED_DP}
     configs = {kind: comparison.config.replace(arm.changes) for kind, arm in arms.items()}
@@ -146,7 +149,7 @@ def test_arms_differ_in_sites_and_privacy_only(scenario: Path, tmp_path: Path) -
     assert configs[FEDERATED].federation.min_sites == 2
     assert configs[FEDERATED].train.learning_rate == comparison.config.train.learning_rate
     assert configs[FEDERATED_DP].train.learning_rate == 0.5
-    assert {c.evaluation.every for c in configs.values()} == {2}
+    assert {c.evaluation.every for c in configs.values()} == {3}
 
 
 def test_comparison_that_is_there_is_refused(finished: Finished, scenario: Path) -> None:

@@ -38,14 +38,19 @@ def test_round_and_replies_are_shown() -> None:
     assert "round 1/3  sites 1/2" in shown
 
 
+def test_replies_are_counted_against_the_sites_that_were_asked() -> None:
+    """With federation.fraction below 1 a round asks fewer sites than there are."""
+    assert "round 1/3  sites 1/2" in _show([STARTED, ROUND_STARTED, REPLY], sites=4)
+
+
 def test_loss_and_largest_epsilon_follow_a_merge() -> None:
     shown = _show([STARTED, ROUND_STARTED, REPLY, REPLY, _round(1, 3.14159, [1.5, 2.25])])
-    assert "round 1/3 merged  loss 3.142  eps 2.25" in shown
+    assert "round 1/3  loss 3.142  eps 2.25" in shown
 
 
 def test_without_privacy_or_evaluation_neither_is_made_up() -> None:
     shown = _show([STARTED, ROUND_STARTED, _round(1, None, [None])])
-    assert "round 1/3 merged" in shown
+    assert "round 1/3" in shown
     assert "eps" not in shown
     assert "loss" not in shown
 

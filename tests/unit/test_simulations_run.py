@@ -45,6 +45,15 @@ DP_CHANGES = {key.replace(".", "__").replace("-", "_"): value for key, value in 
 FIXED_NOISE = {"privacy__unit": "record", "privacy__noise_multiplier": 1.0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The runs that a module shares are made before any test's own fixtures."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     return write_scenario(tmp_path_factory.mktemp("scenario") / "two", tiny_model_dir)
@@ -76,10 +85,17 @@ def _digest(out: Path) -> str:
 
 
 def _ledger_rows(out: Path, site: str) -> list[tuple[Any, ...]]:
+    return _query_ledger(out, site, "server_round, unit, state, steps")
+
+
+def _runs_in_ledger(out: Path, site: str) -> set[str]:
+    return {str(run_uid) for (run_uid,) in _query_ledger(out, site, "run_uid")}
+
+
+def _query_ledger(out: Path, site: str, columns: str) -> list[tuple[Any, ...]]:
     database = sqlite3.connect(out / "simulation" / "sites" / site / "state" / "ledger.sqlite")
     try:
-        query = "SELECT server_round, unit, state, steps FROM rows ORDER BY server_round"
-        return database.execute(query).fetchall()
+        return database.execute(f"SELECT {columns} FROM rows ORDER BY server_round").fetchall()
     finally:
         database.close()
 
@@ -269,6 +285,7 @@ def test_resumed_run_is_the_same_run_and_gives_the_adapter_of_an_uninterrupted_o
     assert _digest(out) == _digest(plain)
     for site in summary["sites"]:
         assert len(_ledger_rows(out, site)) == 2
+        assert _runs_in_ledger(out, site) == {uid}
 
 
 def test_run_stopped_before_its_first_checkpoint_resumes_too(
