@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Several processes share the cores: one thread each, unless the caller says otherwise.
-export OMP_NUM_THREADS ?= 1
 # Nothing phones out.
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -34,6 +32,8 @@ dev: $(VENV)/installed-dev ## ... and with what a developer needs
 demo: $(VENV)/installed ## Four simulated hospitals, the embedded model, under two minutes
 	$(BIN)/consilium demo --force
 
+# Several processes share the cores there: one thread each, unless the caller says otherwise.
+test bench-simulation: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev ## The whole test suite, with coverage
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 

@@ -16,7 +16,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,11 @@ class LedgerRow:
     server_round: int
     steps: GaussianSteps
     state: RowState = "reserved"
+
+    @property
+    def without_state(self) -> LedgerRow:
+        """The charge alone, as it was when it was reserved."""
+        return replace(self, state="reserved")
 
 
 class Ledger:
@@ -99,15 +104,14 @@ class Ledger:
             if found:
                 return found[0]
             earlier = self._select("WHERE dataset = ?", (row.dataset,), database)
-            if row.unit != "none":
-                _check_cap(
-                    row,
-                    earlier,
-                    planned_steps=planned_steps,
-                    delta=delta,
-                    max_epsilon=max_epsilon,
-                    accountant=accountant,
-                )
+            _check_cap(
+                row,
+                earlier,
+                planned_steps=planned_steps,
+                delta=delta,
+                max_epsilon=max_epsilon,
+                accountant=accountant,
+            )
             database.execute(
                 "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'reserved', ?, NULL)",
                 (
@@ -180,7 +184,9 @@ class Ledger:
         database = sqlite3.connect(self._path, timeout=30, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode = DELETE")
-            database.execute("PRAGMA synchronous = FULL")
+            # EXTRA also syncs the folder: with FULL a power cut could bring a rolled-back charge's
+            # journal to life again.
+            database.execute("PRAGMA synchronous = EXTRA")
             yield database
         finally:
             database.close()
@@ -201,6 +207,11 @@ def _check_cap(
         raise BudgetError(
             f"data set {row.dataset!r} was trained on without privacy before, so its epsilon is "
             "infinite; no further run can be within policy.max-epsilon"
+        )
+    if row.unit == "none" and max_epsilon < math.inf:
+        raise BudgetError(
+            f"training without privacy makes the epsilon of data set {row.dataset!r} infinite, and "
+            f"policy.max-epsilon is {max_epsilon:.2f}; ask for privacy, or set max-epsilon = inf"
         )
     first = all(item.run_uid != row.run_uid for item in earlier)
     steps = planned_steps if first else row.steps.steps

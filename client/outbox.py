@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import fsync_folder, write_atomically
 
+_ABANDONED_S = 24 * 3600.0
 _ADAPTER, _NUMBERS = "adapter.safetensors", "numbers.json"
 
 
@@ -33,6 +35,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._sweep()
 
     def find(self, task_id: str) -> Outcome | None:
         """Return the outcome stored for a task, or None."""
@@ -65,7 +68,8 @@ class Outbox:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def sweep(self) -> None:
-        """Remove what a crash left half-written."""
+    def _sweep(self) -> None:
+        """Remove what a crash left half-written: long ago, since another process may be writing."""
         for leftover in self._folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(leftover, ignore_errors=True)

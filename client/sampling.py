@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-Entropy = Callable[[int], bytes]
+from client.noise import Entropy
 
 
 def poisson_batches(

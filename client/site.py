@@ -22,23 +22,22 @@ from client.outbox import Outbox, Outcome
 from client.policy import check_task
 from client.site_config import SiteConfig, load_site_config
 from client.trainer import DpSettings, train
-from common.adapter import digest_tensors, from_safetensors
+from common.adapter import AdapterShape, AdapterState, digest_safetensors, from_safetensors
 from common.config import RunConfig
 from common.dataset import Columns, load_records
-from common.errors import ConsiliumError, ShapeError, SignatureError
+from common.errors import BudgetError, ConsiliumError, ShapeError, SignatureError
 from common.model import (
     BaseModel,
-    adapter_shape,
     attached,
     choose_device,
     load_base,
     read_adapter,
+    shape_of,
     write_adapter,
 )
 from common.privacy import (
     GaussianSteps,
     calibrate_noise,
-    compose_epsilon,
     public_sample_rate,
 )
 from common.prompts import Examples, resolve_template, tokenize_all
@@ -65,7 +64,7 @@ class Site:
         state = config.folder / "state"
         self._ledger = Ledger(state / "ledger.sqlite")
         self._outbox = Outbox(state / "outbox")
-        self._examples: tuple[tuple[str, int, str, str], Examples] | None = None
+        self._examples: tuple[tuple[str, int, str, str, int], Examples] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Site:
@@ -115,9 +114,21 @@ class Site:
     def _train(self, task: Task, incoming: bytes) -> tuple[Reply, bytes]:
         run = check_task(task, site=self.config)
         dp = self._dp_settings(run)
-        outcome = self._outbox.find(task.task_id) if self._known(task) else None
+        charge = self._charge(task, run, dp)
+        row = self._ledger.find(task.task_id)
+        if row is not None and row.without_state != charge:
+            raise BudgetError(
+                f"task {task.task_id[:12]} was charged as {row.without_state} and would now be trained "
+                f"as {charge}; site.toml changed under a run, so let it begin anew"
+            )
+        outcome = self._outbox.find(task.task_id) if row is not None else None
         if outcome is None:
-            self._reserve(task, run, dp)
+            if row is not None and row.state == "released":
+                raise BudgetError(
+                    f"task {task.task_id[:12]} was answered, and its reply is gone from state/outbox; a "
+                    "second one would cost a budget of its own. Restore the outbox from its backup"
+                )
+            self._reserve(charge, run)
             outcome = self._outbox.store(task.task_id, self._run_training(task, run, dp, incoming))
         self._ledger.release(task.task_id)
         reply = self._reply(
@@ -133,9 +144,6 @@ class Site:
             len(outcome.adapter),
         )
         return reply, outcome.adapter
-
-    def _known(self, task: Task) -> bool:
-        return self._ledger.find(task.task_id) is not None
 
     def _dp_settings(self, run: RunConfig) -> DpSettings | None:
         """The run's noise at this site, from public constants only, before any record is read."""
@@ -162,21 +170,25 @@ class Site:
             noise = float(privacy.noise_multiplier)
         return DpSettings(noise, privacy.max_grad_norm, rate)
 
-    def _reserve(self, task: Task, run: RunConfig, dp: DpSettings | None) -> None:
+    def _charge(self, task: Task, run: RunConfig, dp: DpSettings | None) -> LedgerRow:
+        """What this task costs, as the ledger will say it."""
         steps = (
             GaussianSteps(dp.noise_multiplier, dp.sample_rate, run.train.local_steps)
             if dp is not None
             else GaussianSteps(0.0, 1.0, run.train.local_steps)
         )
+        return LedgerRow(
+            task_id=task.task_id,
+            run_uid=task.run_uid,
+            dataset=self.config.data.name,
+            unit=run.privacy.unit,
+            server_round=task.server_round,
+            steps=steps,
+        )
+
+    def _reserve(self, charge: LedgerRow, run: RunConfig) -> None:
         self._ledger.reserve(
-            LedgerRow(
-                task_id=task.task_id,
-                run_uid=task.run_uid,
-                dataset=self.config.data.name,
-                unit=run.privacy.unit,
-                server_round=task.server_round,
-                steps=steps,
-            ),
+            charge,
             planned_steps=run.total_steps,
             delta=self.config.data.delta,
             max_epsilon=self.config.policy.max_epsilon,
@@ -192,17 +204,10 @@ class Site:
             device=choose_device(self.config.device.name),
             expected_digest=task.base_digest,
         )
-        shape = adapter_shape(base, run.lora)
-        state = from_safetensors(incoming, shape=shape)
-        if digest_tensors(state.tensors()) != task.adapter_digest:
-            raise SignatureError(
-                "the incoming adapter is not the one that the task was signed with"
-            )
-        if not state.is_finite():
-            raise ShapeError("the incoming adapter holds values that are not finite")
-        examples = self._load_examples(base, run)
         with attached(base, run.lora) as model:
-            write_adapter(model, state)
+            shape = shape_of(model, run.lora, run.lora.rank)
+            write_adapter(model, _open_adapter(incoming, shape=shape, digest=task.adapter_digest))
+            examples = self._load_examples(base, run)
             result = train(
                 model,
                 examples,
@@ -226,7 +231,8 @@ class Site:
     def _load_examples(self, base: BaseModel, run: RunConfig) -> Examples:
         """This site's records as tokens; kept between rounds."""
         data = run.data
-        key = (data.prompt_template, data.max_length, data.split, base.digest)
+        modified = self._modified_ns()
+        key = (data.prompt_template, data.max_length, data.split, base.digest, modified)
         if self._examples is not None and self._examples[0] == key:
             return self._examples[1]
         columns = self.config.data.columns
@@ -244,19 +250,24 @@ class Site:
         self._examples = (key, examples)
         return examples
 
+    def _modified_ns(self) -> int:
+        """When the data set last changed; 0 where it cannot be asked (loading will say why)."""
+        path = self.config.data_path
+        try:
+            return max(part.stat().st_mtime_ns for part in (path, *path.glob("*")))
+        except OSError:
+            return 0
+
     def _privacy_row(self, task: Task, run: RunConfig, dp: DpSettings | None) -> PrivacyRow:
-        rows = [
-            row
-            for row in self._ledger.rows(self.config.data.name)
-            if row.run_uid == task.run_uid and row.server_round <= task.server_round
-        ]
-        privacy = run.privacy
+        dataset, privacy = self.config.data.name, run.privacy
+        rows = [row for row in self._ledger.rows(dataset) if row.run_uid == task.run_uid]
         return PrivacyRow(
             unit=privacy.unit,
-            epsilon=compose_epsilon(
-                [row.steps for row in rows],
+            epsilon=self._ledger.spent(
+                dataset,
                 delta=privacy.target_delta,
                 accountant=privacy.accountant,
+                run_uid=task.run_uid,
             ),
             delta=privacy.target_delta,
             noise_multiplier=0.0 if dp is None else dp.noise_multiplier,
@@ -272,15 +283,23 @@ class Site:
         adapter: bytes = b"",
         privacy: PrivacyRow | None = None,
     ) -> Reply:
-        from safetensors.numpy import load
-
         return Reply(
             site=self.config.site.name,
             run_uid=task.run_uid,
             server_round=task.server_round,
             attempt=task.attempt,
             task_sha256=task.sha256,
-            adapter_digest=digest_tensors(load(adapter)) if adapter else "",
+            adapter_digest=digest_safetensors(adapter) if adapter else "",
             numbers=check_numbers(numbers or {}, released=self.config.policy.release_metrics),
             privacy=privacy,
         )
+
+
+def _open_adapter(data: bytes, *, shape: AdapterShape, digest: str) -> AdapterState:
+    """Return the adapter that came with a task, which signed its digest."""
+    state = from_safetensors(data, shape=shape)
+    if state.digest() != digest:
+        raise SignatureError("the incoming adapter is not the one that the task was signed with")
+    if not state.is_finite():
+        raise ShapeError("the incoming adapter holds values that are not finite")
+    return state

@@ -71,12 +71,14 @@ def train(
         raise TrainingError("no examples to train on")
     started = time.monotonic()
     seed = derive_seed(settings.seed, "train", stream, server_round)
+    # Whoever can foresee dropout's masks can undo it: under DP no seed of the run may choose them.
+    mask_seed = seed if dp is None else int.from_bytes(entropy(8), "little")
     before = _trainable_copy(model)
     first_step = (server_round - 1) * settings.local_steps
     total_steps = settings.rounds * settings.local_steps
     loss_sum, records_seen = 0.0, 0
 
-    with _training_mode(model, settings, seed=seed, device=device):
+    with _training_mode(model, settings, seed=mask_seed, device=device):
         optimizer = make_optimizer(model, settings, device=device)
         step_model: nn.Module = model
         private: SecureDPOptimizer | None = None

@@ -90,9 +90,9 @@ class TrainSection(_Section):
     """Local training at each site."""
 
     # More rounds of fewer steps drift less and send more.
-    rounds: int = Field(5, ge=1)
+    rounds: int = Field(5, ge=1, le=10_000)
     # Steps between merges.
-    local_steps: int = Field(20, ge=1)
+    local_steps: int = Field(20, ge=1, le=100_000)
     # Records per step (their expected number under DP). DP wants it large: noise is per step.
     batch_size: int = Field(16, ge=1)
     # Records in memory at once; lower it when memory runs out, the result stays the same.
@@ -119,7 +119,7 @@ class PrivacySection(_Section):
     # record: one record is hidden; none: no protection at all.
     unit: Literal["record", "none"] = "record"
     # The whole run's epsilon at each site. 8 is the customary upper end, 1 to 3 strong.
-    target_epsilon: float = Field(8.0, gt=0)
+    target_epsilon: float = Field(8.0, gt=0, le=1e6)
     # Below 1 / records; the chance that the guarantee fails.
     target_delta: float = Field(1e-5, gt=0, lt=1)
     # Per-record gradients are clipped to it. Lower: less noise, more bias.
@@ -141,6 +141,8 @@ class PrivacySection(_Section):
                 f"{value} gives no privacy; use a number above 0, or privacy.unit = "
                 '"none" to train without protection and say so'
             )
+        if not 1e-3 <= value <= 1e3:
+            raise ValueError(f"{value} is beyond any sensible noise; use 0.001 to 1000")
         return float(value)
 
 
@@ -280,6 +282,11 @@ class RunConfig(_Section):
 
 
 def _contradictions(config: RunConfig) -> Iterable[str]:
+    if config.lora.use_dora and not config.use_dp:
+        yield (
+            "lora.use-dora = true: only the factors A and B travel, and DoRA's magnitude vector would be "
+            "lost with every round; turn it off"
+        )
     if config.lora.use_dora and config.use_dp:
         yield (
             "lora.use-dora = true with privacy.unit = "

@@ -157,7 +157,7 @@ def adapter_shape(base: BaseModel, lora: LoraSection, *, rank: int | None = None
     Raises ModelError when no module matches or the rank is above a layer's smaller side.
     """
     with attached(base, lora, rank=rank) as model:
-        return _shape_of(model, lora, rank or lora.rank)
+        return shape_of(model, lora, rank or lora.rank)
 
 
 def initial_adapter(base: BaseModel, lora: LoraSection, *, seed: int) -> AdapterState:
@@ -245,7 +245,7 @@ def read_adapter(model: nn.Module, lora: LoraSection, *, rank: int) -> AdapterSt
         _wire_name(name): parameter.detach().to("cpu", torch.float32).numpy().copy()
         for name, parameter in _lora_parameters(model).items()
     }
-    return state_from_tensors(tensors, shape=_shape_of(model, lora, rank))
+    return state_from_tensors(tensors, shape=shape_of(model, lora, rank))
 
 
 def write_adapter(model: nn.Module, state: AdapterState) -> None:
@@ -275,7 +275,8 @@ def _wire_name(parameter_name: str) -> str:
     return parameter_name.replace(".default.weight", ".weight")
 
 
-def _shape_of(model: nn.Module, lora: LoraSection, rank: int) -> AdapterShape:
+def shape_of(model: nn.Module, lora: LoraSection, rank: int) -> AdapterShape:
+    """Return what the adapter on a lent model looks like."""
     sides: dict[str, dict[str, int]] = {}
     for name, parameter in _lora_parameters(model).items():
         module, factor = name.removeprefix("base_model.model.").split(".lora_")
@@ -338,7 +339,11 @@ def _load(
             bnb_4bit_compute_dtype=dtype,
         )
     elif quantization == "int8":
-        quantized = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        # A threshold would pick outlier columns over the whole batch: one record's outlier would change
+        # how every other record is computed, and per-record clipping would bound nothing.
+        quantized = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_8bit=True, llm_int8_threshold=0.0
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(

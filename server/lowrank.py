@@ -1,8 +1,8 @@
-"""Best low-rank approximation of a sum of low-rank products, without ever forming the sum.
+"""Best low-rank approximation of a sum of low-rank products, from the factors alone.
 
 M = sum_i L_i R_i with L_i (d_out, r_i), R_i (r_i, d_in). With L = [L_1 L_2 ...] and R stacked alike,
 QR of L and of R' leaves a small core whose SVD is that of M (Golub and Van Loan, Matrix Computations,
-section 5.4; Eckart and Young, 1936).
+section 5.4; Eckart and Young, 1936). The core is (R, R) for R = sum of ranks, at most the layer's sides.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import httpx
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from common.errors import EngineError
 from common.records import Envelope, Task, to_records
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,10 @@ class Messenger:
                 return call()
             except httpx.HTTPError as error:
                 if time.monotonic() - started > self._patience_s:
-                    raise
+                    raise EngineError(
+                        f"the SuperLink has not answered for {self._patience_s:.0f} s "
+                        f"({type(error).__name__}); see that it runs, then continue with --resume"
+                    ) from error
                 logger.warning("the SuperLink did not answer (%s); again", type(error).__name__)
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 10.0)

@@ -18,7 +18,14 @@ from flwr.app import Message
 from common.adapter import AdapterShape, AdapterState, lora_scaling
 from common.config import SENT_TO_SITES, RunConfig
 from common.errors import ProtocolError, QuorumError, ScreeningError
-from common.records import Task, envelope_of, seal_task, unverified_reply_site, with_attempt
+from common.records import (
+    Envelope,
+    Task,
+    envelope_of,
+    seal_task,
+    unverified_reply_site,
+    with_attempt,
+)
 from common.seeding import derive_seed
 from common.signing import SigningKey
 from server.aggregation.types import leading_ranks
@@ -212,7 +219,15 @@ class Federation:
             member = by_node[node]
             silent.discard(member.site)
             try:
-                update = self._screen(message, tasks[node][0], member.site, shapes[node])
+                envelope = _envelope(message, member.site)
+                bytes_up += envelope.size_bytes
+                update = screen_update(
+                    envelope,
+                    task=tasks[node][0],
+                    site=member.site,
+                    roster=self._roster,
+                    shape=shapes[node],
+                )
             except ScreeningError as error:
                 refused[member.site] = error.reason
                 self._history.record(
@@ -220,7 +235,6 @@ class Federation:
                 )
                 logger.warning("round %d: %s", server_round, error)
                 continue
-            bytes_up += update.size_bytes
             updates[member.site] = update
             refused.pop(member.site, None)
             self._history.record(
@@ -230,15 +244,6 @@ class Federation:
             refused[site] = "silent"
             self._history.record("refused", round=server_round, site=site, reason="silent")
         return bytes_down, bytes_up
-
-    def _screen(
-        self, message: Message, task: Task, site: str, shape: AdapterShape
-    ) -> AcceptedUpdate:
-        try:
-            envelope = envelope_of(message)
-        except ProtocolError as error:
-            raise ScreeningError("unanswered", f"{site}: {error}") from None
-        return screen_update(envelope, task=task, site=site, roster=self._roster, shape=shape)
 
     def _task(
         self, member: Member, digest: str, server_round: int, attempt: int, deadline_s: float
@@ -320,3 +325,10 @@ class Federation:
     @staticmethod
     def _names(members: Mapping[int, Member]) -> set[str]:
         return {member.site for member in members.values()}
+
+
+def _envelope(message: Message, site: str) -> Envelope:
+    try:
+        return envelope_of(message)
+    except ProtocolError as error:
+        raise ScreeningError("unanswered", f"{site}: {error}") from None

@@ -97,6 +97,9 @@ def run_federation(
     except ConsiliumError as error:
         history.record("stopped", code=error.code, message=str(error))
         raise
+    except Exception as error:
+        history.record("stopped", code="internal", message=f"{type(error).__name__}: {error}")
+        raise
 
 
 def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
@@ -251,7 +254,6 @@ def _add_round(
     if metrics is not None:
         progress["central"]["final"] = asdict(metrics)
     for update in replies.updates:
-        if update.privacy is not None:
-            row = asdict(update.privacy)
-            row["epsilon"] = None if math.isinf(row["epsilon"]) else row["epsilon"]
-            progress["privacy"][update.site] = row
+        row = asdict(update.privacy)
+        row["epsilon"] = None if math.isinf(row["epsilon"]) else row["epsilon"]
+        progress["privacy"][update.site] = row

@@ -20,7 +20,8 @@ from common.files import write_atomically
 
 _OWN = ("run.toml", "history.jsonl", "checkpoints", "adapter", "summary.json")
 # May differ between a run and its resumption.
-_MAY_CHANGE = ("federation.", "evaluation.", "checkpoint.", "export.", "train.micro-batch-size")
+# All that a site is sent stays: a changed task would be a new one, trained and charged again.
+_MAY_CHANGE = ("federation.", "evaluation.", "checkpoint.", "export.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A refusal costs the site its place in the round and never ends the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,8 +25,7 @@ class AcceptedUpdate:
     site: str
     state: AdapterState
     numbers: Mapping[str, float]
-    privacy: PrivacyRow | None
-    size_bytes: int
+    privacy: PrivacyRow
 
 
 def screen_reply(envelope: Envelope, *, task: Task, site: str, roster: Roster) -> Reply:
@@ -58,8 +58,8 @@ def screen_update(
     """Return the update in a reply to a train task.
 
     shape: what the site was asked to train. Raises ScreeningError as `screen_reply` does, and with
-    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest", "not-finite" or
-    "too-large" (finite, but a merge of it might not be).
+    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest", "not-finite",
+    "privacy" (not the protection that was asked for) or "too-large" (finite, but a merge of it might not be).
     """
     reply = screen_reply(envelope, task=task, site=site, roster=roster)
     try:
@@ -72,4 +72,19 @@ def screen_update(
         raise ScreeningError("not-finite", f"{site}: the adapter holds NaN or infinity")
     if not state.product_norm_bound() < _MAX_PRODUCT_NORM:
         raise ScreeningError("too-large", f"{site}: the adapter's product overflows float32")
-    return AcceptedUpdate(site, state, reply.numbers, reply.privacy, envelope.size_bytes)
+    return AcceptedUpdate(site, state, reply.numbers, _screen_privacy(reply, task=task, site=site))
+
+
+def _screen_privacy(reply: Reply, *, task: Task, site: str) -> PrivacyRow:
+    """The protection that was asked for must be the one that the site says it gave."""
+    row, asked = reply.privacy, task.config
+    if row is None:
+        raise ScreeningError("privacy", f"{site} does not say what privacy its update has")
+    wanted = (asked["privacy.unit"], asked["privacy.target-delta"])
+    given = (row.unit, row.delta)
+    if given != wanted or (row.unit != "none" and math.isinf(row.epsilon)):
+        raise ScreeningError(
+            "privacy",
+            f"{site} trained with unit and delta {given} at epsilon {row.epsilon}, asked {wanted}",
+        )
+    return row

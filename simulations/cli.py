@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,7 +142,8 @@ def demo(
 ) -> None:
     """Four simulated hospitals fine-tune the embedded model together, with and without DP."""
     scenario = out / "scenario"
-    if not (scenario / "run.toml").exists():
+    if force or not (scenario / "run.toml").exists():
+        shutil.rmtree(scenario, ignore_errors=True)
         write_synthetic_scenario(
             scenario, SyntheticSpec(num_sites=4), load_run_config(SCENARIOS / "demo.toml")
         )

@@ -89,9 +89,9 @@ def run_comparison(
         raise ConfigError(f"{out} already holds a comparison; use --force or another folder")
     if not comparison.config.evaluation.central_data:
         raise ConfigError("evaluation.central-data is empty: there is nothing to compare on")
-    check_simulation(
-        Simulation(comparison.config, comparison.sources, out, base_dir=comparison.base_dir)
-    )
+    for changes in ({}, _dp_changes(comparison)):
+        config = comparison.config.replace(changes)
+        check_simulation(Simulation(config, comparison.sources, out, base_dir=comparison.base_dir))
     out.mkdir(parents=True, exist_ok=True)
     arms = plan_arms(comparison)
     results: list[ArmResult] = []
@@ -141,18 +141,24 @@ def plan_arms(comparison: Comparison) -> list[Arm]:
     all_sites = {"federation.min-sites": count}
     arms = [Arm(ALONE, f"{source.name} alone", (source,), one_site) for source in everyone]
     arms.append(Arm(FEDERATED, FEDERATED, everyone, {**without_dp, **all_sites}))
-    unit = comparison.config.privacy.unit
-    dp: dict[str, Scalar] = {
-        **last_only,
-        **all_sites,
-        "privacy.unit": "record" if unit == "none" else unit,
-        **(comparison.dp_changes or {}),
-    }
+    dp = {**all_sites, **_dp_changes(comparison)}
     arms.append(Arm(FEDERATED_DP, FEDERATED_DP, everyone, dp))
     if comparison.pooled:
         pooled = _pool(everyone, comparison.out / "pooled", split=comparison.config.data.split)
         arms.append(Arm(POOLED, POOLED, (pooled,), one_site))
     return arms
+
+
+def _dp_changes(comparison: Comparison) -> dict[str, Scalar]:
+    """What the arm with DP changes in RUN.toml, whatever the sites."""
+    unit = comparison.config.privacy.unit
+    changes = comparison.dp_changes or {}
+    rounds = changes.get("train.rounds", comparison.config.train.rounds)
+    return {
+        "privacy.unit": "record" if unit == "none" else unit,
+        **changes,
+        "evaluation.every": rounds,
+    }
 
 
 def comparison_table(results: Sequence[ArmResult]) -> Table:

@@ -20,6 +20,7 @@ class RunProgress:
         self._sites = expected_sites
         self._rounds = 0
         self._replies = 0
+        self._asked = expected_sites
         self._state = ""
         self._last = ""
         self._bar = Progress(

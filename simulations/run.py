@@ -14,8 +14,9 @@ import client.app
 from client.app import SITES_VARIABLE
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError, ConsiliumError, EngineError
-from common.model import digest_model, release_base, resolve_model
-from common.signing import SigningKey
+from common.model import choose_device, digest_model, release_base, resolve_model
+from common.privacy import calibrate_noise, public_sample_rate
+from common.signing import SigningKey, load_or_generate
 from server.evaluation import central_files
 from server.history import Listener, read_events
 from server.launch import LAUNCH_VARIABLE, Launch, split_settings
@@ -24,7 +25,7 @@ from server.run_folder import RunFolder, open_run_folder
 from simulations.embedded import embedded_model_dir
 from simulations.flower import FlowerEngine, run_on_flower
 from simulations.inline import InlineGrid
-from simulations.sites import BaseModelFolder, SourceSite, plan_sites, site_records, write_sites
+from simulations.sites import BaseModelFolder, SourceSite, declared_size, plan_sites, write_sites
 
 EngineName = Literal["inline", "flower"]
 
@@ -37,7 +38,7 @@ class Simulation:
     """What a simulated run starts from.
 
     sources: the sites. out: the run's folder. base_dir: what relative paths in the config (model.name,
-    evaluation.central-data) are relative to. num_cpus, num_gpus: for Flower's engine.
+    evaluation.central-data) are relative to. num_cpus: for Flower's engine.
     """
 
     config: RunConfig
@@ -73,7 +74,8 @@ def run_simulation(
     out = simulation.out.resolve()
     home = out / "simulation"
     key_path = home / "coordinator" / "signing.pem"
-    key = SigningKey.load(key_path) if key_path.exists() else SigningKey.generate()
+    resuming = simulation.resume and (out / "run.toml").exists()
+    key = load_or_generate(key_path) if resuming else SigningKey.generate()
     plans = plan_sites(
         simulation.sources,
         model=model,
@@ -139,9 +141,13 @@ def check_simulation(simulation: Simulation) -> CheckedSimulation:
         plain, model = resolve_base(config, base_dir=simulation.base_dir)
         prepared = prepare_run(plain, models={model.name: model.path}, central_files=files)
         checked = CheckedSimulation(plain, model, tuple(files), prepared)
+    sizes = []
     for source in sources:
         with _noting(problems):
-            site_records(source, split=config.data.split)
+            sizes.append(declared_size(source, split=config.data.split))
+    if sizes:
+        with _noting(problems):
+            _check_training(config, smallest_size=min(sizes))
     if len(problems) == 1:
         raise problems[0]
     if problems or checked is None:
@@ -156,6 +162,25 @@ def _noting(problems: list[ConsiliumError]) -> Iterator[None]:
         yield
     except ConsiliumError as error:
         problems.append(error)
+
+
+def _check_training(config: RunConfig, *, smallest_size: int) -> None:
+    """What every site would refuse or fail at, said before there is a run.
+
+    smallest_size: of the sites; it has the highest sampling rate and needs the most noise.
+    """
+    if config.train.optimizer == "paged-adamw-8bit" and choose_device().type != "cuda":
+        raise ConfigError("train.optimizer = 'paged-adamw-8bit' needs CUDA; use 'adamw' here")
+    if config.use_dp and config.privacy.noise_multiplier == "auto":
+        calibrate_noise(
+            target_epsilon=config.privacy.target_epsilon,
+            delta=config.privacy.target_delta,
+            sample_rate=public_sample_rate(
+                batch_size=config.train.batch_size, declared_size=smallest_size
+            ),
+            steps=config.total_steps,
+            accountant=config.privacy.accountant,
+        )
 
 
 def resolve_base(config: RunConfig, *, base_dir: Path) -> tuple[RunConfig, BaseModelFolder]:

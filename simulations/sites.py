@@ -134,6 +134,12 @@ def site_records(source: SourceSite, *, split: str) -> Records:
     )
 
 
+def declared_size(source: SourceSite, *, split: str) -> int:
+    """Return a site's public size, its count where it declares none. Raises as `site_records`."""
+    count = len(site_records(source, split=split))
+    return int(source.settings.get("data", {}).get("declared-size", count))
+
+
 def _site_toml(
     source: SourceSite, *, model: BaseModelFolder, coordinator_public_key: str, split: str
 ) -> str:

@@ -261,3 +261,31 @@ def test_a_trainable_parameter_without_record_gradients_is_refused(base: BaseMod
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         with pytest.raises(PrivacyError, match="no per-record gradient"):
             make_private(model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, batch_size=1)
+
+
+def test_the_runs_seed_does_not_choose_dropouts_masks(base: BaseModel) -> None:
+    """A mask that the coordinator can foresee would tie one record's gradient to its neighbours."""
+    lora = LORA.model_copy(update={"dropout": 0.5})
+    start = initial_adapter(base, lora, seed=0)
+
+    def trained(seed: int, mask_entropy: int) -> str:
+        def entropy(size: int) -> bytes:
+            return bytes([mask_entropy]) * size if size == 8 else bytes(size)
+
+        with attached(base, lora) as model:
+            write_adapter(model, start)
+            train(
+                model,
+                Examples(make_examples(4, lengths=(8, 12))),
+                settings=TrainSection(rounds=1, local_steps=2, batch_size=2, seed=seed),
+                server_round=1,
+                stream="site",
+                pad_id=0,
+                device=base.device,
+                dp=DpSettings(noise_multiplier=1e-9, max_grad_norm=1.0, sample_rate=1.0),
+                entropy=entropy,
+            )
+            return read_adapter(model, lora, rank=4).digest()
+
+    assert trained(seed=0, mask_entropy=1) == trained(seed=7, mask_entropy=1)
+    assert trained(seed=0, mask_entropy=1) != trained(seed=0, mask_entropy=2)

@@ -92,7 +92,9 @@ def test_what_another_run_spent_counts(tmp_path: Path) -> None:
 def test_training_without_privacy_makes_a_data_set_infinite(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     free = GaussianSteps(0.0, 1.0, 5)
-    _reserve(ledger, _row("free", unit="none", steps=free), cap=1.0)
+    with pytest.raises(BudgetError, match=r"infinite, and policy\.max-epsilon is 1\.00"):
+        _reserve(ledger, _row("free", unit="none", steps=free), cap=1.0)
+    _reserve(ledger, _row("free", unit="none", steps=free), cap=math.inf)
 
     assert math.isinf(ledger.spent("notes", delta=1e-5))
     with pytest.raises(BudgetError, match="without privacy before"):

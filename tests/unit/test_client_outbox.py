@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,14 @@ def test_a_crash_while_writing_leaves_no_outcome(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_kill_are_swept_when_the_outbox_opens(tmp_path: Path) -> None:
+def test_old_leftovers_of_a_kill_are_swept_when_the_outbox_opens(tmp_path: Path) -> None:
+    for name, age_s in ((".writing-old", 2 * 86400), (".writing-now", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+
     Outbox(tmp_path)
-    (tmp_path / ".writing-abc").mkdir()
 
-    outbox = Outbox(tmp_path)
-    outbox.sweep()
-
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".writing-now"]
 
 
 def test_the_folder_is_the_owners_alone(tmp_path: Path) -> None:

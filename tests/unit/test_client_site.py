@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -239,15 +241,81 @@ def test_losses_and_seconds_leave_only_when_the_policy_lists_them(
 
 
 def test_without_privacy_where_the_policy_allows_it(tmp_path: Path, tiny_model_dir: Path) -> None:
-    hospital = make_hospital(tmp_path / "lax", tiny_model_dir, policy={"require-dp": False})
+    lax = {"require-dp": False, "max-epsilon": float("inf")}
+    hospital = make_hospital(tmp_path / "lax", tiny_model_dir, policy=lax)
 
     reply, _ = _ask(hospital, hospital.task(settings={"privacy.unit": "none"}))
 
     assert reply.privacy is not None
     assert reply.privacy.unit == "none"
     assert np.isinf(reply.privacy.epsilon)
+    path = hospital.folder / "site.toml"
+    path.write_text(path.read_text().replace("max-epsilon = inf", "max-epsilon = 8.0"))
     later, _ = _ask(hospital, hospital.task(2))
     assert later.error_code == "budget", "unprotected training leaves no budget"
+
+
+def test_a_cap_on_epsilon_forbids_training_without_privacy(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = make_hospital(tmp_path / "capped", tiny_model_dir, policy={"require-dp": False})
+
+    reply, _ = _ask(hospital, hospital.task(settings={"privacy.unit": "none"}))
+
+    assert reply.error_code == "budget"
+
+
+def test_a_released_task_whose_reply_is_lost_is_never_trained_again(hospital: Hospital) -> None:
+    """A second output under one charge could be averaged with the first."""
+    task = hospital.task()
+    _ask(hospital, task)
+    shutil.rmtree(hospital.folder / "state" / "outbox")
+
+    reply, answer = _ask(hospital, with_attempt(task, attempt=2, expires_at=task.expires_at))
+
+    assert reply.error_code == "budget"
+    assert answer.adapter == b""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("declared-size = 12", "declared-size = 6"), ('name = "notes"', 'name = "other"')],
+)
+def test_a_task_is_not_trained_as_anything_but_what_was_charged(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    task = hospital.task(settings={"privacy.noise-multiplier": 2.0})
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as crash:
+        crash.setattr(client.site, "train", killed)
+        with pytest.raises(Killed):
+            hospital.open().answer(hospital.seal(task))
+    path = hospital.folder / "site.toml"
+    path.write_text(path.read_text().replace(before, after))
+
+    reply, _ = _ask(hospital, task)
+
+    assert reply.error_code == "budget"
+
+
+def test_records_added_to_the_file_are_seen_in_the_next_round(hospital: Hospital) -> None:
+    site = hospital.open()
+    site.answer(hospital.seal(hospital.task()))
+    assert site._examples is not None
+    before = len(site._examples[1])
+    data = hospital.folder / "records.jsonl"
+    data.write_text(data.read_text() * 2)
+    os.utime(data, ns=(1, 1))
+
+    site.answer(hospital.seal(hospital.task(2)))
+
+    assert len(site._examples[1]) == 2 * before
 
 
 def test_a_description_says_public_constants_only(hospital: Hospital) -> None:

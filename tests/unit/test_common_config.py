@@ -136,11 +136,12 @@ def test_noise_multiplier_auto_or_above_zero_is_taken(value: Any, expected: Any)
     assert (found, type(found)) == (expected, type(expected))
 
 
-def test_dora_is_refused_under_dp_and_only_there() -> None:
+def test_dora_is_refused_and_why_depends_on_privacy() -> None:
     with pytest.raises(ConfigError, match=r"lora.use-dora = true with privacy.unit = 'record'"):
         RunConfig.parse({"lora.use-dora": True})
 
-    assert RunConfig.parse({"lora.use-dora": True, "privacy.unit": "none"}).lora.use_dora
+    with pytest.raises(ConfigError, match=r"only the factors A and B travel"):
+        RunConfig.parse({"lora.use-dora": True, "privacy.unit": "none"})
 
 
 def test_quorum_above_min_sites_is_refused() -> None:
@@ -269,3 +270,19 @@ def test_flattening_loses_no_leaf(tree: dict[str, Any]) -> None:
         if isinstance(value, dict)
         for n, leaf in value.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("privacy.noise-multiplier", 1e-160),
+        ("privacy.noise-multiplier", 1e200),
+        ("privacy.target-epsilon", 1e18),
+        ("train.rounds", 10**9),
+    ],
+)
+def test_a_setting_that_would_keep_an_accountant_busy_for_ever_is_refused(
+    key: str, value: float
+) -> None:
+    with pytest.raises(ConfigError, match=key):
+        RunConfig.parse({key: value})

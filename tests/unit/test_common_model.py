@@ -473,3 +473,12 @@ def test_a_shard_that_the_digest_would_not_cover_is_refused(
 
     with pytest.raises(ModelError, match="which is not a file of"):
         digest_model(folder)
+
+
+def test_int8_computes_each_record_alone(tiny_model_dir: Path) -> None:
+    """An outlier threshold would choose columns over the whole batch, so that records mix."""
+    base = load_base(tiny_model_dir, ModelSection(quantization="int8"), device=choose_device("cpu"))
+    layers = [m for m in base.model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+
+    assert layers
+    assert all(layer.state.threshold == 0.0 for layer in layers)

@@ -92,7 +92,6 @@ def test_resume_with_changed_settings_names_every_changed_key(tmp_path: Path) ->
         ("federation.deadline-s", 5.0),
         ("evaluation.every", 2),
         ("checkpoint.keep", 9),
-        ("train.micro-batch-size", 2),
     ],
 )
 def test_resume_may_change_what_does_not_change_the_result(
