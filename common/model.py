@@ -285,6 +285,12 @@ def shape_of(model: nn.Module, lora: LoraSection, rank: int) -> AdapterShape:
     return AdapterShape({n: (s["B"], s["A"]) for n, s in sides.items()}, rank, scaling)
 
 
+def _is_quantized(module: nn.Module) -> bool:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return isinstance(module, Linear4bit | Linear8bitLt)
+
+
 def _linear_layers(model: Any) -> dict[str, tuple[int, int]]:
     """Module name -> (d_out, d_in) of the layers that "all-linear" means, output head left out."""
     from transformers.pytorch_utils import Conv1D
@@ -356,6 +362,12 @@ def _load(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model folder {folder} could not be loaded: {error}") from None
+    if quantized is not None and not any(_is_quantized(m) for m in model.modules()):
+        kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"model.quantization = {quantization!r} quantises no layer of this model: transformers "
+            f"leaves its {', '.join(kinds)} as they are; use model.quantization = 'none'"
+        )
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks NF4 weights for a bfloat16 kernel at the first
         # inference: other numbers than in training, no way back, and an assertion for widths that 32

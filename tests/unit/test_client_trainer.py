@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 from client.trainer import DpSettings, TrainResult, make_optimizer, scheduled_rate, train
 from common.adapter import AdapterState
-from common.config import LoraSection, TrainSection
-from common.errors import ConfigError, TrainingError
-from common.model import BaseModel, attached, initial_adapter, read_adapter, write_adapter
+from common.config import LoraSection, ModelSection, TrainSection
+from common.errors import ConfigError, ModelError, TrainingError
+from common.model import (
+    BaseModel,
+    attached,
+    initial_adapter,
+    load_base,
+    read_adapter,
+    release_base,
+    write_adapter,
+)
 from common.prompts import Examples
 from tests.unit.tiny import CONFIGS, make_examples, tiny_base
 
@@ -68,6 +80,32 @@ def test_one_dp_step_moves_the_adapter_of_every_family(family: str, checkpointin
     assert all((after.pairs[name].B != pair.B).any() for name, pair in before.pairs.items()), (
         "every module's B moves"
     )
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_family_loads_from_a_folder_and_takes_a_dp_step(
+    family: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    for tokenizer_file in tiny_model_dir.glob("*token*"):
+        shutil.copy(tokenizer_file, tmp_path)
+    tiny_base(family).model.save_pretrained(tmp_path)
+    quantization: Literal["nf4", "none"] = "nf4"
+    if family == "falcon":
+        # transformers quantises plain Linear layers only, and Falcon's are of its own kind.
+        with pytest.raises(ModelError, match=r"no layer of this model.*FalconLinear.*'none'"):
+            load_base(tmp_path, ModelSection(quantization="nf4"), device=torch.device("cpu"))
+        quantization = "none"
+    section = ModelSection(quantization=quantization)
+    base = load_base(tmp_path, section, device=torch.device("cpu"))
+    found = any(isinstance(module, Linear4bit) for module in base.model.modules())
+    assert found == (quantization == "nf4")
+
+    result, after = _train(base, PLAIN.model_copy(update={"local_steps": 1}), dp=DP)
+
+    assert math.isfinite(result.mean_loss)
+    assert after.is_finite()
+    assert after.digest() != initial_adapter_of(base).digest()
+    release_base()
 
 
 def test_the_same_seed_trains_the_same_adapter_without_dp_and_another_with() -> None:
