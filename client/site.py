@@ -115,20 +115,19 @@ class Site:
         run = check_task(task, site=self.config)
         dp = self._dp_settings(run)
         charge = self._charge(task, run, dp)
-        row = self._ledger.find(task.task_id)
-        if row is not None and row.without_state != charge:
+        row = self._reserve(charge, run)
+        if row.without_state != charge:
             raise BudgetError(
                 f"task {task.task_id[:12]} was charged as {row.without_state} and would now be trained "
                 f"as {charge}; site.toml changed under a run, so let it begin anew"
             )
-        outcome = self._outbox.find(task.task_id) if row is not None else None
+        outcome = self._outbox.find(task.task_id)
         if outcome is None:
-            if row is not None and row.state == "released":
+            if row.state == "released":
                 raise BudgetError(
                     f"task {task.task_id[:12]} was answered, and its reply is gone from state/outbox; a "
                     "second one would cost a budget of its own. Restore the outbox from its backup"
                 )
-            self._reserve(charge, run)
             outcome = self._outbox.store(task.task_id, self._run_training(task, run, dp, incoming))
         self._ledger.release(task.task_id)
         reply = self._reply(
@@ -186,8 +185,9 @@ class Site:
             steps=steps,
         )
 
-    def _reserve(self, charge: LedgerRow, run: RunConfig) -> None:
-        self._ledger.reserve(
+    def _reserve(self, charge: LedgerRow, run: RunConfig) -> LedgerRow:
+        """The row that stands for this task: the one it has already, else a new one."""
+        return self._ledger.reserve(
             charge,
             planned_steps=run.total_steps,
             delta=self.config.data.delta,

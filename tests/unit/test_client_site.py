@@ -37,6 +37,23 @@ def _rows(hospital: Hospital) -> list[Any]:
     return Ledger(hospital.folder / "state" / "ledger.sqlite").rows("notes")
 
 
+def _kill_at(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, hospital: Hospital, task: Task
+) -> None:
+    """Ask, and end the process, as far as the site can tell, when it calls owner.name."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as crash:
+        crash.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            hospital.open().answer(hospital.seal(task))
+
+
 def test_a_task_is_answered_with_a_trained_adapter_and_its_privacy(hospital: Hospital) -> None:
     task = hospital.task()
 
@@ -75,16 +92,7 @@ def test_a_crash_before_the_reply_was_stored_trains_again_under_the_same_row(
 ) -> None:
     task = hospital.task()
 
-    class Killed(BaseException):
-        pass
-
-    def killed(*args: object, **kwargs: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as crash:
-        crash.setattr(client.site.Outbox, "store", killed)
-        with pytest.raises(Killed):
-            hospital.open().answer(hospital.seal(task))
+    _kill_at(monkeypatch, client.site.Outbox, "store", hospital, task)
     assert [row.state for row in _rows(hospital)] == ["reserved"]
 
     reply, _ = _ask(hospital, task)
@@ -98,16 +106,7 @@ def test_a_crash_after_the_reply_was_stored_sends_that_very_reply(
 ) -> None:
     task = hospital.task()
 
-    class Killed(BaseException):
-        pass
-
-    def killed(*args: object, **kwargs: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as crash:
-        crash.setattr(client.site.Ledger, "release", killed)
-        with pytest.raises(Killed):
-            hospital.open().answer(hospital.seal(task))
+    _kill_at(monkeypatch, client.site.Ledger, "release", hospital, task)
     stored = (
         hospital.folder / "state" / "outbox" / task.task_id / "adapter.safetensors"
     ).read_bytes()
@@ -286,16 +285,7 @@ def test_a_task_is_not_trained_as_anything_but_what_was_charged(
 ) -> None:
     task = hospital.task(settings={"privacy.noise-multiplier": 2.0})
 
-    class Killed(BaseException):
-        pass
-
-    def killed(*args: object, **kwargs: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as crash:
-        crash.setattr(client.site, "train", killed)
-        with pytest.raises(Killed):
-            hospital.open().answer(hospital.seal(task))
+    _kill_at(monkeypatch, client.site, "train", hospital, task)
     path = hospital.folder / "site.toml"
     path.write_text(path.read_text().replace(before, after))
 
