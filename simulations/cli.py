@@ -89,9 +89,10 @@ def run(
     """Run a federation of simulated hospitals."""
     name = _run_name(run_file)
     out = out or Path("runs") / name
+    config = load_run_config(run_file, overrides=overrides or ())
     sources = find_sites(sites_from or run_file.parent / "sites")
     simulation = Simulation(
-        config=load_run_config(run_file, overrides=overrides or ()),
+        config=config,
         sources=sources,
         out=out,
         base_dir=run_file.resolve().parent,

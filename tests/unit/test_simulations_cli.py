@@ -221,9 +221,11 @@ def test_resume_without_a_run_is_exit_code_4(
 
 def test_missing_run_file_and_sites_are_said_in_words(simulate: Command, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("")
-    missing = simulate("run", tmp_path / "none.toml", "--sites-from", tmp_path)
-    assert missing.code == 2
-    assert _is_one_paragraph(missing)
+    for words in (["--sites-from", tmp_path], []):
+        missing = simulate("run", tmp_path / "none.toml", *words)
+        assert missing.code == 2
+        assert _is_one_paragraph(missing)
+        assert "no file" in missing.err
     without = simulate("run", tmp_path / "run.toml")
     assert without.code == 2
     assert "no folder" in _said(without.err)
