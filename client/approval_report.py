@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from datetime import datetime
-from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
@@ -39,24 +37,6 @@ def approval_table(request: Request, *, max_epsilon: float) -> Table:
 def cost_table(cost: RunCost, *, max_epsilon: float) -> Table:
     """Return what a whole run costs as a table. max_epsilon: policy.max-epsilon."""
     return _table("What the whole run costs here", _cost_rows(cost, max_epsilon=max_epsilon))
-
-
-def request_json(request: Request) -> dict[str, Any]:
-    """Return a request for another program to read; infinite epsilon as None."""
-    plan, cost = request.plan, asdict(request.cost)
-    for name in ("epsilon", "lifetime_epsilon_after"):
-        cost[name] = None if math.isinf(cost[name]) else cost[name]
-    return {
-        "run": plan.run_uid,
-        "state": request.state,
-        "asked_at": request.asked_at,
-        "decided_at": request.decided_at,
-        "coordinator": plan.coordinator,
-        "base_digest": plan.base_digest,
-        "max_rank": plan.max_rank,
-        "settings": dict(plan.settings),
-        "cost": cost,
-    }
 
 
 def _cost_rows(cost: RunCost, *, max_epsilon: float) -> list[tuple[str, str]]:

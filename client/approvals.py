@@ -25,7 +25,7 @@ from typing import Any, Literal
 from client.cost import RunCost
 from client.policy import check_run_uid
 from common.canonical import canonical_json, from_canonical
-from common.config import SENT_TO_SITES, RunConfig, Scalar
+from common.config import RunConfig, Scalar
 from common.errors import ApprovalError, ConfigError, PolicyError
 from common.files import write_atomically
 
@@ -87,11 +87,8 @@ def plan_of(
     run: the task's settings. coordinator: the key that signed the task. max_rank: policy.max-rank,
     above which the coordinator is never answered.
     """
-    settings = {
-        key: value
-        for key, value in run.flat().items()
-        if key.startswith(SENT_TO_SITES) and key != "lora.rank"
-    }
+    settings = run.for_sites()
+    del settings["lora.rank"]
     return Plan(run_uid, coordinator, base_digest, min(run.lora.rank, max_rank), settings)
 
 
@@ -112,7 +109,9 @@ class Approvals:
         request = self._read(plan.run_uid) or self._file(plan, cost())
         _check_same(request.plan, plan)
         if request.state == "declined":
-            raise PolicyError(f"this hospital declined run {plan.run_uid}; that is final")
+            raise PolicyError(
+                f"policy.approval = 'ask': this hospital declined run {plan.run_uid}; that is final"
+            )
         if request.state == "waiting":
             raise ApprovalError(
                 f"policy.approval = 'ask': run {plan.run_uid} waits for this hospital; see what it costs "
@@ -132,9 +131,9 @@ class Approvals:
         plan = self.find(run_uid).plan
         if charged_steps + asked_steps > plan.total_steps:
             raise PolicyError(
-                f"run {run_uid} was approved for {plan.total_steps} steps: {charged_steps} are charged and "
-                f"this task asks for {asked_steps} more; what is beyond needs a run and an approval of "
-                "its own"
+                f"policy.approval = 'ask': run {run_uid} was approved for {plan.total_steps} steps: "
+                f"{charged_steps} are charged and this task asks for {asked_steps} more; what is beyond "
+                "needs a run and an approval of its own"
             )
 
     def approve(self, run_uid: str) -> Request:
@@ -171,10 +170,11 @@ class Approvals:
             standing = self._read(plan.run_uid)
             if standing is not None:
                 return standing
-            if len(self.waiting()) >= MAX_WAITING:
+            theirs = sum(item.plan.coordinator == plan.coordinator for item in self.waiting())
+            if theirs >= MAX_WAITING:
                 raise PolicyError(
-                    f"policy.approval = 'ask': {MAX_WAITING} runs wait for this hospital already; approve "
-                    "or decline some with `consilium client approve`"
+                    f"policy.approval = 'ask': {MAX_WAITING} runs of this coordinator wait for this hospital "
+                    "already; approve or decline some with `consilium client approve`"
                 )
             return self._write(Request(plan, cost, "waiting", int(time.time())))
 
@@ -237,7 +237,8 @@ def _check_same(approved: Plan, asked: Plan) -> None:
         differ.append("lora.rank")
     if differ:
         raise PolicyError(
-            f"run {asked.run_uid} was filed for approval with other settings ({', '.join(differ)} differ); "
+            f"policy.approval = 'ask': run {asked.run_uid} was filed for approval with other settings "
+            f"({', '.join(differ)} differ); "
             "its coordinator must begin a new run for those"
         )
 

@@ -120,7 +120,11 @@ def log(
     # As the user wrote it, not as it was resolved.
     path = site / opened.audit.path.relative_to(opened.config.folder)
     if what:
-        console.print(manifest_table(opened.manifests.load(what)))
+        manifest = opened.manifests.load(what)
+        if as_json:
+            typer.echo(json.dumps(manifest.as_json(), indent=2, allow_nan=False))
+        else:
+            console.print(manifest_table(manifest))
         return
     if anchors_out:
         for entry in opened.audit.entries():
@@ -163,7 +167,7 @@ def dry_run(
     opened = Site.open(site)
     with _steps_bar(run.train.local_steps) as on_step:
         result = opened.dry_run(run, on_step=on_step)
-    local = result.trained.local
+    local = result.local
     if as_json:
         content = {
             "manifest": result.manifest.as_json(),

@@ -81,21 +81,19 @@ def run_cost(
     run: RunConfig,
     *,
     model: PlannedModel,
-    noise_multiplier: float,
-    sample_rate: float,
+    steps: GaussianSteps,
     speeds: Speeds,
     device: torch.device,
     lifetime_epsilon_after: float,
 ) -> RunCost:
     """Return what all rounds of a run cost this site.
 
-    noise_multiplier, sample_rate: sigma and q of this site in this run; sigma 0 is no protection.
+    steps: all of the run's at this site; noise multiplier 0 is no protection.
     The hours count every record at data.max-length. Without earlier rounds of the same kind they come from
     the device's speed at matrix products, which is rough: within a factor of about 3 from a million
     parameters up, too few by up to 7 for 260 thousand (on one idle CPU core), too many where records
     are short.
     """
-    steps = GaussianSteps(noise_multiplier, sample_rate, run.total_steps)
     per_record_s = speeds.seconds_per_record(model, run)
     measured = per_record_s is not None
     if per_record_s is None:
@@ -109,7 +107,7 @@ def run_cost(
         delta=run.privacy.target_delta,
         lifetime_epsilon_after=lifetime_epsilon_after,
         rounds=run.train.rounds,
-        steps=run.total_steps,
+        steps=steps.steps,
         bytes_down=one_way,
         bytes_up=one_way,
         hours=run.train.rounds * planned_records(run) * per_record_s / 3600,
@@ -149,7 +147,11 @@ class Speeds:
         # Half of what was: a new machine shows within a few rounds.
         speeds[key] = (records / 2 + planned_records(run), total_s / 2 + seconds)
         newest = dict(list(speeds.items())[-_MAX_SPEEDS:])
-        write_atomically(self._path, json.dumps(newest).encode(), mode=0o600)
+        try:
+            write_atomically(self._path, json.dumps(newest).encode(), mode=0o600)
+        except OSError as error:
+            # A lost guess must not cost a task that is trained and charged.
+            logger.warning("%s cannot be written (%s)", self._path, error.strerror)
 
     def seconds_per_record(self, model: PlannedModel, run: RunConfig) -> float | None:
         """Return seconds per planned record of the same kind of training, None when there was none."""
@@ -165,8 +167,8 @@ class Speeds:
             }
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError, AttributeError):
-            logger.warning("%s is damaged; hours are estimated afresh", self._path)
+        except (OSError, ValueError, TypeError, AttributeError):
+            logger.warning("%s cannot be read; hours are estimated afresh", self._path)
             return {}
 
 

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from client.scrub import Scrubber
-from client.site_config import SiteConfig
+from client.site_config import DataSection, SiteConfig
 from common.config import RunConfig
 from common.dataset import Columns, load_records
 from common.errors import DataError
@@ -28,6 +28,13 @@ class LocalExamples:
     patients: tuple[tuple[int, ...], ...] | None
     num_skipped: int
     scrubbed: dict[str, int]
+
+
+def columns_of(data: DataSection, *, by_patient: bool) -> Columns:
+    """Return what a site's data set calls its columns. by_patient: also the one that tells them apart."""
+    own = data.columns
+    patient = data.patient_id if by_patient else ""
+    return Columns(own.instruction, own.input, own.output, own.split, patient, data.name_columns)
 
 
 class ExampleStore:
@@ -52,18 +59,11 @@ class ExampleStore:
         return loaded
 
     def _read(self, base: BaseModel, run: RunConfig, *, by_patient: bool) -> LocalExamples:
-        own, columns = self._config.data, self._config.data.columns
+        own = self._config.data
         scrubber = Scrubber(own.scrub) if own.scrub else None
         records = load_records(
             self._config.data_path,
-            columns=Columns(
-                columns.instruction,
-                columns.input,
-                columns.output,
-                columns.split,
-                own.patient_id if by_patient else "",
-                own.name_columns,
-            ),
+            columns=columns_of(own, by_patient=by_patient),
             split=run.data.split,
             rewrite=scrubber.scrub if scrubber is not None else None,
             # Not its path: a file's name may be a patient's.

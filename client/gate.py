@@ -17,7 +17,7 @@ from client.site_config import SiteConfig
 from common.audit_log import AuditLog
 from common.canonical import canonical_json, from_canonical
 from common.chain import ChainHead
-from common.errors import ApprovalError, BudgetError, RestoreError
+from common.errors import ApprovalError, BudgetError, ConfigError, RestoreError
 from common.files import write_atomically
 from common.model import check_digest, choose_device
 from common.records import SiteHeads, Task
@@ -45,8 +45,8 @@ class Gate:
     def consider(self, task: Task, *, signer: str) -> TaskPlan:
         """Return what a task would cost, once policy and hospital allow its run; nothing is charged.
 
-        signer: the coordinator's key that signed it. Raises PolicyError, ApprovalError, ConfigError or
-        PrivacyError.
+        signer: the coordinator's key that signed it. Raises PolicyError, RestoreError, ApprovalError,
+        ConfigError, ProtocolError, PrivacyError, BudgetError, or as `planned` does.
         """
         run = check_task(task, site=self._config)
         if task.kind == "train":
@@ -91,8 +91,7 @@ class Gate:
         return run_cost(
             run,
             model=self.planned(plan, base_digest=base_digest),
-            noise_multiplier=whole.noise_multiplier,
-            sample_rate=whole.sample_rate,
+            steps=whole,
             speeds=self._speeds,
             device=choose_device(config.device.name),
             lifetime_epsilon_after=self._ledger.spent(
@@ -112,14 +111,18 @@ class Gate:
         """Return this site's heads as the coordinator last had them, None before it said so."""
         try:
             content = from_canonical(self._seen_file.read_bytes())
+            return SiteHeads(ChainHead(**content["ledger"]), ChainHead(**content["audit"]))
         except FileNotFoundError:
             return None
-        return SiteHeads(ChainHead(**content["ledger"]), ChainHead(**content["audit"]))
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{self._seen_file} is damaged; put its backup there, or remove it: the next task brings it "
+                "again"
+            ) from None
 
     def _check_not_restored(self, task: Task) -> None:
         """A ledger or log behind what the coordinator last saw came from a backup, or was cut."""
-        known = self.last_seen()
-        for seen in (known, task.seen):
+        for seen in {self.last_seen(), task.seen} - {None}:
             if seen is not None and not self.stands_at(seen):
                 raise RestoreError(
                     f"the coordinator last saw this site's ledger at entry {seen.ledger.count} and its "

@@ -141,6 +141,7 @@ def _apply(content: Any, rows: dict[str, LedgerRow], settled: set[ChainHead]) ->
     """Take one entry into account. Raises KeyError, TypeError or ValueError when it cannot be one."""
     fields = dict(content)
     event, at = fields.pop("event"), fields.pop("at")
+    fields.pop("salt", None)
     if event == "reserve":
         steps = GaussianSteps(
             *(fields.pop(name) for name in ("noise_multiplier", "sample_rate", "steps"))

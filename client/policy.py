@@ -10,13 +10,11 @@ import re
 from collections.abc import Iterator
 
 from client.site_config import SiteConfig
-from common.config import RunConfig
+from common.config import RUN_UID, RunConfig
 from common.errors import PolicyError, ProtocolError
 from common.prompts import resolve_template
 from common.records import Task
 
-# A run's name becomes a file name and a column of the ledger.
-_RUN_UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # A refusal is a line in the hospital's log, and what it quotes comes from outside.
 _MAX_QUOTED = 80
 
@@ -46,7 +44,7 @@ def check_task(task: Task, *, site: SiteConfig) -> RunConfig:
 
 def check_run_uid(run_uid: str) -> str:
     """Return a run's name when it is one that a file may bear. Raises ProtocolError otherwise."""
-    if _RUN_UID.fullmatch(run_uid) is None:
+    if re.fullmatch(RUN_UID, run_uid) is None:
         raise ProtocolError(
             f"a run is named by 1 to 64 letters, digits, '.', '_' and '-', not {_quoted(run_uid)}"
         )
@@ -102,10 +100,12 @@ def _work(run: RunConfig, site: SiteConfig) -> Iterator[str]:
             f"{run.train.local_steps}"
         )
     records = planned_records(run)
+    per_patient = " x privacy.max-records-per-patient" if run.privacy.unit == "patient" else ""
     if records * run.data.max_length > policy.max_tokens:
         yield (
             f"policy.max-tokens = {policy.max_tokens}: the task asks for {records} records of up to "
-            f"{run.data.max_length} tokens (train.local-steps x train.batch-size x data.max-length)"
+            f"{run.data.max_length} tokens (train.local-steps x train.batch-size"
+            f"{per_patient} x data.max-length)"
         )
 
 

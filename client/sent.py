@@ -7,7 +7,6 @@ adapter has 448 tensors.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,10 +16,11 @@ from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from safetensors.numpy import load
 
 from common.adapter import digest_tensors
-from common.canonical import canonical_json, from_canonical
+from common.canonical import canonical_json, from_canonical, plain_json
 from common.errors import AuditError
 from common.files import write_atomically
 from common.records import PrivacyRow
@@ -61,9 +61,8 @@ class Manifest:
     def as_json(self) -> dict[str, Any]:
         """Return it for another program to read; infinite epsilon as None."""
         content = {**asdict(self), "numbers": dict(self.numbers), "sha256": self.sha256}
-        if self.privacy is not None and math.isinf(self.privacy.epsilon):
-            content["privacy"]["epsilon"] = None
-        return content
+        plain: dict[str, Any] = plain_json(content)
+        return plain
 
 
 def manifest_of(
@@ -129,12 +128,16 @@ class Manifests:
 
 
 def manifest_table(manifest: Manifest) -> Table:
-    """Return what leaves as a table, tensors of one shape in one row."""
+    """Return what leaves as a table, tensors that differ only by numbers in their names in one row."""
     table = Table("what", "value", title="What leaves")
-    groups = Counter((tensor.shape, tensor.dtype) for tensor in manifest.tensors)
-    for (shape, dtype), count in groups.items():
+    groups = Counter(
+        (re.sub(r"\d+", "*", tensor.name), tensor.shape, tensor.dtype)
+        for tensor in manifest.tensors
+    )
+    for (name, shape, dtype), count in groups.items():
         tensors = "1 tensor" if count == 1 else f"{count} tensors"
-        table.add_row("adapter", f"{' x '.join(map(str, shape))}, {dtype}, {tensors}")
+        shown = f"{' x '.join(map(str, shape))}, {dtype}, {tensors}\n{name}"
+        table.add_row("adapter", Text(shown, overflow="fold"))
     if manifest.tensors:
         table.add_row("adapter file", decimal(manifest.adapter_bytes))
         table.add_row("adapter digest", manifest.adapter_digest)

@@ -4,7 +4,8 @@
 agent and in a simulation, where a site is a folder laid out exactly like a hospital's:
 
     site.toml  keys/signing.pem  (and the data, where site.toml says)
-    state/  ledger.sqlite  audit.jsonl  seen.json  outbox/  approvals/  manifests/
+    state/  ledger.sqlite  audit.jsonl  seen.json  speed.json  outbox/  approvals/
+           manifests/
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from client.approvals import Approvals
 from client.cost import RunCost, Speeds
 from client.egress import check_adapter, check_numbers
+from client.examples import LocalExamples
 from client.gate import Gate
 from client.ledger import Ledger, LedgerRow, Settlement
 from client.noise import Entropy
@@ -31,10 +33,10 @@ from client.plan import TaskPlan, plan_task
 from client.policy import check_run_uid, check_task
 from client.sent import Manifest, Manifests, manifest_of
 from client.site_config import SiteConfig, load_site_config
-from client.training import TrainedTask, Workbench, open_adapter
+from client.training import Workbench, open_adapter
 from common.adapter import AdapterState
 from common.audit_log import AuditLog
-from common.config import SENT_TO_SITES, RunConfig
+from common.config import RunConfig
 from common.errors import (
     ApprovalError,
     AuditError,
@@ -68,16 +70,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """One whole task on the hospital's data of which nothing was sent, charged or kept.
+    """One whole task on the hospital's data of which nothing was sent or charged, and no result kept.
 
-    manifest: what would leave. cost: of the whole run. plan: noise and charge of one task. trained:
-    what stays in the hospital.
+    manifest: what would leave. cost: of the whole run. local: how the records were read, which stays.
     """
 
     manifest: Manifest
     cost: RunCost
-    plan: TaskPlan
-    trained: TrainedTask
+    local: LocalExamples
 
 
 class Site:
@@ -147,7 +147,7 @@ class Site:
             return self._refuse(task, error)
 
     def dry_run(self, run: RunConfig, *, on_step: Callable[[int], None]) -> DryRun:
-        """Return what one task of a run would give: nothing is sent, charged or kept.
+        """Return what one task of a run would give: nothing is sent or charged, and no result kept.
 
         on_step: is told each step done. Raises as a real task would, PolicyError first of all.
         """
@@ -161,7 +161,7 @@ class Site:
             attempt=1,
             expires_at=0,
             base_digest=digest,
-            config={k: v for k, v in run.flat().items() if k.startswith(SENT_TO_SITES)},
+            config=run.for_sites(),
         )
         checked = check_task(task, site=self.config)
         plan = plan_task(task, checked, site=self.config, ledger=self.ledger)
@@ -170,7 +170,7 @@ class Site:
         privacy = _privacy_row(plan, rows=[plan.charge])
         outcome = trained.outcome
         manifest = manifest_of(outcome.adapter, numbers=outcome.numbers, privacy=privacy)
-        return DryRun(manifest, cost, plan, trained)
+        return DryRun(manifest, cost, trained.local)
 
     def settle(self, receipt: bytes) -> Settlement:
         """Bring ledger and log of a restored site in line with the coordinator's receipt.
@@ -192,8 +192,10 @@ class Site:
 
     def approve(self, run_uid: str) -> None:
         """Let a waiting run begin. Raises ConfigError when no such run asked."""
-        self.approvals.approve(run_uid)
+        self.approvals.find(run_uid)
+        # First its line: there is no permission that is not on record.
         self.audit.append("approved", run=run_uid)
+        self.approvals.approve(run_uid)
 
     def decline(self, run_uid: str) -> None:
         """Refuse a run for good. Raises ConfigError when no such run asked."""
@@ -210,8 +212,7 @@ class Site:
         return self._key.public_hex
 
     def _describe(self, task: Task, signer: str) -> dict[str, float]:
-        if task.config:
-            self._gate.consider(task, signer=signer)
+        self._gate.consider(task, signer=signer)
         config = self.config
         return {"declared-size": config.data.declared_size, "max-rank": config.policy.max_rank}
 
@@ -222,9 +223,11 @@ class Site:
         shape = self._gate.planned(plan, base_digest=task.base_digest).shape
         adapter = open_adapter(incoming, shape=shape, digest=task.adapter_digest)
         self._gate.charge(plan)
+        # In this order: another process that released it since has stored it before.
+        row = self.ledger.find(task.task_id)
         outcome = self._outbox.find(task.task_id)
         if outcome is None:
-            self._check_not_answered(task)
+            _check_not_answered(row)
             self._record_training(task, plan)
             outcome = self._train_once(task, plan, adapter)
         self.ledger.release(task.task_id)
@@ -278,19 +281,12 @@ class Site:
             ledger=asdict(self.ledger.head()),
         )
 
-    def _check_not_answered(self, task: Task) -> None:
-        row = self.ledger.find(task.task_id)
-        if row is not None and row.state == "released":
-            raise BudgetError(
-                f"task {task.task_id[:12]} was answered, and its reply is gone from state/outbox; a "
-                "second one would cost a budget of its own. Restore the outbox from its backup"
-            )
-
     def _refuse(self, task: Task, error: Exception) -> Envelope:
         """Return the reply to a task that was refused or failed; the reason stays here."""
         code = error.failure if isinstance(error, _FailedTaskError) else error_code(error)
         correlation_id, text = uuid.uuid4().hex[:12], _said(error)
         if isinstance(error, ApprovalError):
+            correlation_id = ""
             # On record already, and asked again every few seconds.
             logger.info("%s", text)
         else:
@@ -353,6 +349,14 @@ class Site:
                 raise
             heads = None
         return reply_to(task, site=self.config.site.name, heads=heads, **content)
+
+
+def _check_not_answered(row: LedgerRow | None) -> None:
+    if row is not None and row.state == "released":
+        raise BudgetError(
+            f"task {row.task_id[:12]} was answered, and its reply is gone from state/outbox; a second one "
+            "would cost a budget of its own. Restore the outbox from its backup"
+        )
 
 
 def _privacy_row(plan: TaskPlan, *, rows: Sequence[LedgerRow]) -> PrivacyRow:

@@ -221,6 +221,11 @@ class SiteConfig(_Section):
 def load_site_config(folder: Path) -> SiteConfig:
     """Return the site.toml of a site folder. Raises ConfigError naming every bad key at once."""
     path = folder / SITE_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"no {SITE_FILE} in {folder.resolve()}; give the hospital's folder, on the command line with "
+            "--site"
+        )
     try:
         config = SiteConfig.model_validate(read_toml(path))
     except ValidationError as error:

@@ -21,7 +21,6 @@ from common.adapter import AdapterShape, AdapterState, from_safetensors
 from common.config import RunConfig
 from common.errors import ShapeError, SignatureError, TrainingError
 from common.model import (
-    BaseModel,
     attached,
     choose_device,
     load_base,
@@ -39,10 +38,9 @@ FEW_PATIENTS = 500
 
 @dataclass(frozen=True, slots=True)
 class TrainedTask:
-    """What may leave, and what stays: how the records were read, and in what shape it was trained."""
+    """What may leave, and what stays: how the records were read."""
 
     outcome: Outcome
-    shape: AdapterShape
     local: LocalExamples
 
 
@@ -57,15 +55,6 @@ class Workbench:
         self._speeds = speeds
         self._entropy = entropy
         self._warned = False
-
-    def base(self, run: RunConfig, *, digest: str) -> BaseModel:
-        """Return the run's base model, checked against `digest`."""
-        return load_base(
-            self._config.models[run.model.name],
-            run.model,
-            device=choose_device(self._config.device.name),
-            expected_digest=digest,
-        )
 
     def train(
         self,
@@ -82,7 +71,12 @@ class Workbench:
         on_step: is told each step done. Raises ConsiliumError.
         """
         config, policy = self._config, self._config.policy
-        base = self.base(run, digest=task.base_digest)
+        base = load_base(
+            config.models[run.model.name],
+            run.model,
+            device=choose_device(config.device.name),
+            expected_digest=task.base_digest,
+        )
         with attached(base, run.lora) as model:
             shape = shape_of(model, run.lora, run.lora.rank)
             if incoming is not None:
@@ -116,7 +110,7 @@ class Workbench:
         checked = check_numbers(
             numbers, released=policy.release_metrics, digits=policy.metric_digits
         )
-        return TrainedTask(Outcome(outgoing, checked), shape, local)
+        return TrainedTask(Outcome(outgoing, checked), local)
 
     def _warn_of_few_patients(self, dp: DpSettings, num_patients: int, shape: AdapterShape) -> None:
         """Say once, in the hospital's own log, that there is more noise than signal to expect."""
@@ -130,7 +124,8 @@ class Workbench:
             dimension=dimension,
         )
         logger.warning(
-            "%d patients, fewer than %d: a step's gradient is at the very best %.2g of its noise",
+            "%s: %d patients, fewer than %d: a step's gradient is at the very best %.2g of its noise",
+            self._config.site.name,
             num_patients,
             FEW_PATIENTS,
             ratio,

@@ -6,6 +6,7 @@ own. Each is checked byte for byte against the only way it can be spelt.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,18 @@ KEEP_AS_EVIDENCE = "keep the file as evidence and compare it with a backup"
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One line. number: 1 up. at: Unix seconds by the writer's clock, which nothing relies on."""
+    """One line. number: 1 up. at: Unix seconds by the writer's clock, which nothing relies on.
+
+    salt: 32 random hex digits. A log's head leaves its owner, and whoever knows all of a line but a count
+    or a name in it could otherwise try them until the head fits.
+    """
 
     number: int
     at: int
     event: str
     fields: Mapping[str, Any]
     previous: str
+    salt: str
     digest: str
 
     @property
@@ -53,6 +59,7 @@ def next_line(head: ChainHead, event: str, fields: Mapping[str, Any]) -> bytes:
         "event": event,
         "fields": fields,
         "previous": head.digest,
+        "salt": secrets.token_hex(16),
     }
     return canonical_json({**content, "digest": link(head, canonical_json(content)).digest})
 
@@ -65,7 +72,10 @@ def parse_line(line: bytes) -> AuditEntry:
             raise ValueError("form")
         digest = content.pop("digest", None)
         entry = AuditEntry(**content, digest=digest)
-        typed = (entry.number, int), (entry.at, int), (entry.event, str), (entry.fields, dict)
+        typed = (
+            (entry.number, int), (entry.at, int), (entry.event, str), (entry.fields, dict),
+            (entry.salt, str),
+        )  # fmt: skip
         if not all(type(value) is kind for value, kind in typed):
             raise ValueError("types")
         linked = link(entry.head_before, canonical_json(content))

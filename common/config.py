@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.errors import ConfigError
 
+# A run's name: it becomes a file's name at every site.
+RUN_UID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
 Scalar: TypeAlias = bool | int | float | str
 
 # Sections that only the coordinator needs. Flower hands the whole run config to every ClientApp, so
@@ -212,7 +215,7 @@ class RunSection(_Section):
     """The run's own identity, made by our commands."""
 
     # Made once and kept on resume; Flower's run id changes when a run is submitted again.
-    uid: str = ""
+    uid: str = Field("", pattern=f"^({RUN_UID})?$")
 
 
 class RunConfig(_Section):
@@ -267,6 +270,10 @@ class RunConfig(_Section):
             for section, content in self
             for name, value in content
         }
+
+    def for_sites(self) -> dict[str, Scalar]:
+        """Return the keys that each site is sent a signed copy of."""
+        return {k: v for k, v in self.flat().items() if k.startswith(SENT_TO_SITES)}
 
     def replace(self, changes: Mapping[str, Scalar]) -> RunConfig:
         """Return the same tree with some dotted keys changed. Raises ConfigError as `parse` does."""

@@ -110,7 +110,7 @@ def load_records(
             "check the column names, or remove those records"
         )
     if skipped:
-        logger.warning("%s: skipped %d of %d records without an answer", name, skipped, total)
+        logger.warning("%s: skipped %d of %d incomplete records", name, skipped, total)
     return Records(tuple(prompts), skipped, tuple(map(tuple, patients.values())))
 
 

@@ -10,11 +10,11 @@
     ├── PolicyError                 the site's own policy forbids the task
     ├── BudgetError                 the privacy budget does not cover the task
     ├── ApprovalError               the run waits for the hospital's approval
-    ├── RestoreError                the site's ledger or log is older than its coordinator's receipt
+    ├── RestoreError                the site's ledger or log is behind what the coordinator last saw
     ├── AuditError                  an audit log was edited, cut or reordered
     ├── PrivacyError                a privacy setting is impossible or void
     ├── EgressError                 something that may not leave was about to
-    ├── TrainingError               local training went wrong (loss not finite, adapter did not move)
+    ├── TrainingError               local training went wrong (adapter not finite or unmoved, time is up)
     ├── ScreeningError              a reply was refused by the coordinator
     ├── QuorumError                 too few sites or replies; the run stopped
     ├── CheckpointError             a checkpoint or a run folder is damaged or in the way
@@ -117,7 +117,7 @@ class EgressError(ConsiliumError):
 
 
 class TrainingError(ConsiliumError):
-    """Local training went wrong: the loss is not finite, or the adapter did not move."""
+    """Local training went wrong: the adapter is not finite, did not move, or the time was up."""
 
     code = "training"
 

@@ -61,7 +61,8 @@ def public_sample_rate(*, batch_size: int, declared_size: int) -> float:
     """Return q = min(1, batch_size / declared_size): public constants only, never the true count."""
     if declared_size < 1:
         raise PrivacyError(
-            f"declared-size {declared_size} is not a count; give the number of records"
+            f"declared-size {declared_size} is not a count; give a round number near that of patients, "
+            "or records"
         )
     return min(1.0, batch_size / declared_size)
 

@@ -15,13 +15,12 @@ from typing import Any
 
 from common.canonical import canonical_json
 from common.chain import ChainHead
+from common.config import RUN_UID
 from common.errors import ProtocolError
 from common.records import SiteHeads
 from common.signing import RECEIPT_DOMAIN, SigningKey, verify_any
 
 _DIGEST = re.compile("[0-9a-f]{64}")
-# What a site lets a run be called: client/policy.py.
-_RUN_UID = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UNITS = ("record", "patient", "none")
 _MAX_NAME = 200
 # What SQLite and every JSON reader hold exactly.
@@ -113,7 +112,7 @@ def _parse_charge(content: Any) -> ReceiptCharge:
         raise ValueError("unit")
     if not isinstance(charge.answered, bool) or _DIGEST.fullmatch(charge.task_id) is None:
         raise ValueError("task")
-    if _RUN_UID.fullmatch(charge.run_uid) is None:
+    if re.fullmatch(RUN_UID, charge.run_uid) is None:
         raise ValueError("run")
     return charge
 

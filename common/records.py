@@ -36,6 +36,8 @@ _SIGNATURE = "signature"
 _ADAPTER = "adapter"
 _STYPE = "safetensors"
 _MAX_PAYLOAD_BYTES = 1 << 20
+# What every JSON reader and every clock can hold.
+_MAX_INTEGER = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ class Task:
     server_round: 1 up; 0 in a `describe`. attempt: 1 up, counts retries of a round.
     expires_at: Unix seconds. base_digest, adapter_digest: SHA-256 hex of the base model and of the
     incoming adapter. config: dotted keys of the sections in `common.config.SENT_TO_SITES`.
-    seen: the heads of the last reply that the coordinator has from this site, None before the first:
-    a site whose own are behind was restored from a backup. audit_head: the coordinator's own log's.
+    seen: this site's heads after the last task that it finished, or at its first introduction, None
+    before: a site whose own are behind was restored from a backup. audit_head: the coordinator's own log's.
     """
 
     kind: TaskKind
@@ -365,6 +367,8 @@ def _typed(content: Any, kind: type[Any]) -> dict[str, Any]:
     for name, value in content.items():
         wanted = _TYPES.get(name, str)
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise ValueError(name)
+        if isinstance(value, int) and abs(value) > _MAX_INTEGER:
             raise ValueError(name)
     for value in content.get("config", {}).values():
         if not isinstance(value, bool | int | float | str):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from common.config import SENT_TO_SITES, RunConfig, Scalar
 from common.errors import ProtocolError, QuorumError, ScreeningError
 from common.records import (
     Reply,
@@ -23,11 +22,8 @@ from common.records import (
     seal_task,
     unverified_reply_site,
 )
-from common.signing import SigningKey
-from server.audit import CoordinatorAudit
-from server.history import History
 from server.messenger import Messenger
-from server.roster import Roster
+from server.run_context import RunContext
 from server.screening import (
     AWAITS_APPROVAL,
     FINAL_REFUSALS,
@@ -78,26 +74,9 @@ _Standing = Member | _Awaiting | _Refused
 class Gathering:
     """The sites of one run, by what came of asking them."""
 
-    def __init__(
-        self,
-        messenger: Messenger,
-        *,
-        config: RunConfig,
-        run_uid: str,
-        key: SigningKey,
-        roster: Roster,
-        base_digest: str,
-        history: History,
-        audit: CoordinatorAudit,
-    ) -> None:
+    def __init__(self, messenger: Messenger, run: RunContext) -> None:
         self._messenger = messenger
-        self._config = config
-        self._run_uid = run_uid
-        self._key = key
-        self._roster = roster
-        self._base_digest = base_digest
-        self._history = history
-        self._audit = audit
+        self._run = run
         # By node; one of a site at most.
         self._standing: dict[int, _Standing] = {}
         # What the history and the audit log have already been told.
@@ -111,7 +90,7 @@ class Gathering:
         Raises QuorumError when too few come within federation.join-timeout-s (approval-timeout-s while
         one of them awaits its hospital's approval), and at once when too many refused for good.
         """
-        settings = self._config.federation
+        settings = self._run.config.federation
         started, said = time.monotonic(), False
         while True:
             nodes = set(self._messenger.node_ids())
@@ -134,7 +113,7 @@ class Gathering:
                 )
             if not said:
                 said = True
-                self._history.record("waiting", present=len(present), needed=settings.min_sites)
+                self._run.history.record("waiting", present=len(present), needed=settings.min_sites)
             time.sleep(min(_LOOK_AGAIN_S, left_s))
 
     def ask_again(self, member: Member) -> None:
@@ -163,11 +142,11 @@ class Gathering:
         refused = {
             one.site: one.reason for one in self._standing.values() if isinstance(one, _Refused)
         }
-        needed = self._config.federation.min_sites
-        if refused and len(self._roster.keys() - refused.keys()) < needed:
+        needed = self._run.config.federation.min_sites
+        if refused and len(self._run.roster.keys() - refused.keys()) < needed:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
             raise QuorumError(
-                f"{len(refused)} of the {len(self._roster)} sites on the roster refused this run "
+                f"{len(refused)} of the {len(self._run.roster)} sites on the roster refused this run "
                 f"({reasons}), and it needs {needed}; settle it with them and continue with --resume, "
                 "or lower federation.min-sites"
             )
@@ -176,17 +155,17 @@ class Gathering:
         """Ask nodes who they are; keep those that prove to be a site of the roster."""
         if not nodes:
             return
-        deadline_s = min(self._config.federation.join_timeout_s, _DESCRIBE_DEADLINE_S)
+        deadline_s = min(self._run.config.federation.join_timeout_s, _DESCRIBE_DEADLINE_S)
         task = self._task(deadline_s)
         if not self._asked.issuperset(nodes):
             # Whoever awaits approval is asked every few seconds: a line for each would bury the rest.
-            self._audit.task_sent(task)
+            self._run.audit.task_sent(task)
             self._asked.update(nodes)
-        seen = self._audit.seen()
-        enough = self._config.federation.min_sites
+        seen = self._run.audit.seen()
+        enough = self._run.config.federation.min_sites
         grace_ends = time.monotonic() + _GRACE_S if present >= enough else math.inf
         answers = self._messenger.exchange(
-            dict.fromkeys(nodes, (task, seal_task(task, self._key))),
+            dict.fromkeys(nodes, (task, seal_task(task, self._run.key))),
             deadline_s=deadline_s,
             stop_at=lambda: grace_ends,
         )
@@ -199,19 +178,19 @@ class Gathering:
         sites = sorted(one.site for one in self._standing.values() if isinstance(one, Member))
         if sites != self._sites:
             self._sites = sites
-            self._history.record("sites", sites=sites)
+            self._run.history.record("sites", sites=sites)
 
     def _task(self, deadline_s: float) -> Task:
         return Task(
             kind="describe",
-            run_uid=self._run_uid,
+            run_uid=self._run.uid,
             site="",
             server_round=0,
             attempt=1,
             expires_at=int(time.time() + deadline_s) + 1,
-            base_digest=self._base_digest,
-            config=settings_for_sites(self._config),
-            audit_head=self._audit.head(),
+            base_digest=self._run.base_digest,
+            config=self._run.config.for_sites(),
+            audit_head=self._run.audit.head(),
         )
 
     def _hear(
@@ -221,16 +200,18 @@ class Gathering:
         try:
             envelope = answer_in(message, who=f"node {node}")
             site = unverified_reply_site(envelope)
-            reply = verified_reply(envelope, task=task, site=site, roster=self._roster)
+            reply = verified_reply(envelope, task=task, site=site, roster=self._run.roster)
         except (ScreeningError, ProtocolError) as error:
             reason = error.reason if isinstance(error, ScreeningError) else error.code
             if self._is_news(f"node {node}", reason):
                 logger.warning("node %d is not a site of this run: %s", node, error)
-                self._audit.note("refused", run=self._run_uid, round=0, node=node, reason=reason)
+                self._run.audit.note(
+                    "refused", run=self._run.uid, round=0, node=node, reason=reason
+                )
             return None
         standing, refusal = self._judge(node, reply)
         if refusal is None or self._is_news(site, refusal.reason):
-            self._audit.replied(
+            self._run.audit.replied(
                 reply, task=task, size_bytes=envelope.size_bytes, seen=seen.get(site)
             )
             if refusal is not None:
@@ -254,7 +235,7 @@ class Gathering:
 
     def _member(self, node: int, reply: Reply) -> Member:
         site = reply.site
-        declared = self._roster[site].declared_size
+        declared = self._run.roster[site].declared_size
         if reply.numbers.get("declared-size") != declared:
             raise ScreeningError(
                 "declared-size",
@@ -264,17 +245,17 @@ class Gathering:
         rank = int(reply.numbers.get("max-rank", 0))
         if rank < 1:
             raise ScreeningError("max-rank", f"{site} says it can hold rank {rank}")
-        return Member(site, node, declared, min(rank, self._config.lora.rank))
+        return Member(site, node, declared, min(rank, self._run.config.lora.rank))
 
     def _turn_down(self, site: str, error: ScreeningError) -> None:
         """Say once why a site is no member."""
         if error.reason == AWAITS_APPROVAL:
-            self._history.record("approval", site=site)
-            self._audit.note("approval", run=self._run_uid, site=site)
+            self._run.history.record("approval", site=site)
+            self._run.audit.note("approval", run=self._run.uid, site=site)
             logger.warning("%s awaits its hospital's approval of this run", site)
             return
-        self._history.record("refused", round=0, site=site, reason=error.reason)
-        self._audit.note("refused", run=self._run_uid, round=0, site=site, reason=error.reason)
+        self._run.history.record("refused", round=0, site=site, reason=error.reason)
+        self._run.audit.note("refused", run=self._run.uid, round=0, site=site, reason=error.reason)
         logger.warning("%s", error)
 
     def _is_news(self, who: str, reason: str) -> bool:
@@ -282,8 +263,3 @@ class Gathering:
         news = (who, reason) not in self._said
         self._said.add((who, reason))
         return news
-
-
-def settings_for_sites(config: RunConfig) -> dict[str, Scalar]:
-    """Return the part of a run's settings that each site is sent, in the run's own rank."""
-    return {key: value for key, value in config.flat().items() if key.startswith(SENT_TO_SITES)}

@@ -16,13 +16,10 @@ from common.privacy import calibrate_noise
 from common.receipts import Receipt, ReceiptCharge
 from common.records import SiteHeads
 
-# What a site says before it charges a task; any other error may have come after.
+# What a site says only before it charges a task; any other error may have come after.
 _NOT_CHARGED = frozenset(
-    {
-        "approval", "restored", "config", "protocol", "signature", "shape", "policy", "budget",
-        "privacy",
-    }
-)  # fmt: skip
+    {"approval", "restored", "protocol", "signature", "shape", "policy", "budget"}
+)
 
 
 @dataclass(slots=True)

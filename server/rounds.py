@@ -14,17 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.adapter import AdapterShape, AdapterState, lora_scaling
-from common.config import RunConfig
 from common.errors import QuorumError, ScreeningError
 from common.records import Envelope, SiteHeads, Task, seal_task
 from common.seeding import derive_seed
-from common.signing import SigningKey
 from server.aggregation.types import leading_ranks
-from server.audit import CoordinatorAudit
-from server.gathering import Gathering, Member, settings_for_sites
-from server.history import History
+from server.gathering import Gathering, Member
 from server.messenger import Messenger
-from server.roster import Roster
+from server.run_context import RunContext
 from server.screening import (
     AWAITS_APPROVAL,
     FINAL_REFUSALS,
@@ -57,38 +53,11 @@ class RoundReplies:
 class Federation:
     """The sites of one run, as the coordinator sees them."""
 
-    def __init__(
-        self,
-        messenger: Messenger,
-        *,
-        config: RunConfig,
-        run_uid: str,
-        key: SigningKey,
-        roster: Roster,
-        base_digest: str,
-        shape: AdapterShape,
-        history: History,
-        audit: CoordinatorAudit,
-    ) -> None:
-        self._gathering = Gathering(
-            messenger,
-            config=config,
-            run_uid=run_uid,
-            key=key,
-            roster=roster,
-            base_digest=base_digest,
-            history=history,
-            audit=audit,
-        )
+    def __init__(self, messenger: Messenger, run: RunContext, *, shape: AdapterShape) -> None:
+        self._gathering = Gathering(messenger, run)
         self._messenger = messenger
-        self._config = config
-        self._run_uid = run_uid
-        self._key = key
-        self._roster = roster
-        self._base_digest = base_digest
+        self._run = run
         self._shape = shape
-        self._history = history
-        self._audit = audit
 
     def gather(self) -> list[Member]:
         """Return the sites that are there, once there are enough; see `Gathering.gather`."""
@@ -96,11 +65,11 @@ class Federation:
 
     def select(self, members: list[Member], *, server_round: int) -> list[Member]:
         """Return the sites of a round: all of them, or federation.fraction drawn by seed."""
-        settings = self._config.federation
+        settings = self._run.config.federation
         count = max(settings.min_sites, math.ceil(settings.fraction * len(members)))
         if count >= len(members):
             return members
-        draw = random.Random(derive_seed(self._config.train.seed, "selection", server_round))
+        draw = random.Random(derive_seed(self._run.config.train.seed, "selection", server_round))
         return sorted(draw.sample(members, count), key=lambda member: member.site)
 
     def run_round(self, current: AdapterState, *, server_round: int) -> RoundReplies:
@@ -109,7 +78,7 @@ class Federation:
         Below quorum nothing is merged: the sites that gave no usable reply are asked again, at most
         federation.max-retries times, the very same task. Raises QuorumError after that.
         """
-        config, started = self._config, time.monotonic()
+        config, started = self._run.config, time.monotonic()
         updates: dict[str, AcceptedUpdate] = {}
         sent: dict[str, AdapterState] = {}
         refused: dict[str, str] = {}
@@ -123,7 +92,7 @@ class Federation:
                 for member in self.select(members, server_round=server_round)
                 if member.site not in updates and refused.get(member.site) not in FINAL_REFUSALS
             ]
-            self._history.record(
+            self._run.history.record(
                 "round-started",
                 round=server_round,
                 attempt=attempt,
@@ -154,7 +123,7 @@ class Federation:
                     f"{config.quorum} it needs after {attempt} attempts ({reasons}); nothing was "
                     "merged. Mend those sites and continue with --resume"
                 )
-            self._history.record(
+            self._run.history.record(
                 "retry", round=server_round, attempt=attempt, replies=len(updates), refused=refused
             )
 
@@ -169,9 +138,9 @@ class Federation:
         sent: dict[str, AdapterState],
         refused: dict[str, str],
     ) -> tuple[int, int]:
-        deadline_s = self._config.federation.deadline_s
+        deadline_s = self._run.config.federation.deadline_s
         by_node = {member.node_id: member for member in chosen}
-        seen = self._audit.seen()
+        seen = self._run.audit.seen()
         tasks, shapes = {}, {}
         cuts: dict[int, tuple[AdapterState, bytes, str]] = {}
         for member in chosen:
@@ -181,8 +150,8 @@ class Federation:
             state, data, digest = cuts[member.rank]
             task = self._task(member, digest, server_round, attempt, seen.get(member.site))
             # Before it leaves: a task that nobody wrote down would be one that nobody sent.
-            self._audit.task_sent(task, declared_size=member.declared_size)
-            tasks[member.node_id] = (task, seal_task(task, self._key, adapter=data))
+            self._run.audit.task_sent(task, declared_size=member.declared_size)
+            tasks[member.node_id] = (task, seal_task(task, self._run.key, adapter=data))
             shapes[member.node_id] = self._shape.at_rank(member.rank, scaling=state.scaling)
             sent[member.site] = state
         bytes_down = sum(envelope.size_bytes for _, envelope in tasks.values())
@@ -204,7 +173,7 @@ class Federation:
                 continue
             updates[member.site] = update
             refused.pop(member.site, None)
-            self._history.record(
+            self._run.history.record(
                 "reply", round=server_round, site=member.site, numbers=dict(update.numbers)
             )
         for node, member in sorted(silent.items(), key=lambda item: item[1].site):
@@ -213,14 +182,14 @@ class Federation:
         return bytes_down, bytes_up
 
     def _screened(self, envelope: Envelope, task: Task, *, shape: AdapterShape) -> AcceptedUpdate:
-        reply = verified_reply(envelope, task=task, site=task.site, roster=self._roster)
-        self._audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
+        reply = verified_reply(envelope, task=task, site=task.site, roster=self._run.roster)
+        self._run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
         return screen_update(reply, envelope.adapter, task=task, shape=shape)
 
     def _refuse(self, task: Task, reason: str) -> None:
         place = {"round": task.server_round, "site": task.site, "reason": reason}
-        self._history.record("refused", **place)
-        self._audit.note("refused", run=self._run_uid, attempt=task.attempt, **place)
+        self._run.history.record("refused", **place)
+        self._run.audit.note("refused", run=self._run.uid, attempt=task.attempt, **place)
 
     def _task(
         self,
@@ -232,18 +201,18 @@ class Federation:
     ) -> Task:
         return Task(
             kind="train",
-            run_uid=self._run_uid,
+            run_uid=self._run.uid,
             site=member.site,
             server_round=server_round,
             attempt=attempt,
-            expires_at=int(time.time() + self._config.federation.deadline_s) + 1,
-            base_digest=self._base_digest,
+            expires_at=int(time.time() + self._run.config.federation.deadline_s) + 1,
+            base_digest=self._run.base_digest,
             adapter_digest=digest,
-            config={**settings_for_sites(self._config), "lora.rank": member.rank},
+            config={**self._run.config.for_sites(), "lora.rank": member.rank},
             seen=seen,
-            audit_head=self._audit.head(),
+            audit_head=self._run.audit.head(),
         )
 
     def _scaling(self, rank: int) -> float:
-        lora = self._config.lora
+        lora = self._run.config.lora
         return lora_scaling(alpha=lora.alpha, rank=rank, use_rslora=lora.use_rslora)

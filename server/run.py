@@ -37,6 +37,7 @@ from server.history import History, Listener
 from server.messenger import Messenger
 from server.roster import Roster
 from server.rounds import Federation, RoundReplies
+from server.run_context import RunContext
 from server.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -141,17 +142,16 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
         history.record("base", **progress["central"]["base"])
     wall_before_s = float(progress["wall_s"])
 
-    federation = Federation(
-        Messenger(grid),
+    context = RunContext(
+        uid=folder.run_uid,
         config=config,
-        run_uid=folder.run_uid,
         key=plan.key,
         roster=plan.roster,
         base_digest=base.digest,
-        shape=shape,
         history=history,
         audit=plan.audit,
     )
+    federation = Federation(Messenger(grid), context, shape=shape)
     for server_round in range(done + 1, config.train.rounds + 1):
         replies = federation.run_round(current, server_round=server_round)
         merge_started = time.monotonic()

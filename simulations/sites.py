@@ -15,9 +15,10 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from client.examples import columns_of
 from client.site_config import SITE_FILE, SiteConfig, load_site_config
 from common.config import RunConfig, read_toml
-from common.dataset import Columns, Records, load_records
+from common.dataset import Records, load_records
 from common.errors import ConfigError
 from common.files import write_atomically
 from common.signing import load_or_generate
@@ -142,16 +143,9 @@ def site_records(source: SourceSite, *, config: RunConfig) -> Records:
     """Return a site's usable records, by patient where the run asks. Raises ConfigError or DataError."""
     tree = _tree(source, model=_NO_MODEL, coordinator_public_key="0" * 64, config=config)
     data = _validate(source, tree).data
-    columns = data.columns
     return load_records(
         source.data,
-        columns=Columns(
-            columns.instruction,
-            columns.input,
-            columns.output,
-            columns.split,
-            data.patient_id if data.unit == "patient" else "",
-        ),
+        columns=columns_of(data, by_patient=data.unit == "patient"),
         split=config.data.split,
     )
 

@@ -29,7 +29,7 @@ from tests.unit.hospital import Hospital, make_hospital
 
 pytestmark = pytest.mark.chaos
 
-KILLS = int(os.environ.get("CONSILIUM_KILLS", "4"))
+KILLS = int(os.environ.get("CONSILIUM_KILLS", "6"))
 SEED = int(os.environ.get("CONSILIUM_KILL_SEED", "0"))
 KILLED = -9
 # Of the hospital below: its noise, 4 of 12 records, 2 steps.

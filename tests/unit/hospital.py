@@ -13,7 +13,7 @@ import tomli_w
 
 from client.site import Site
 from common.adapter import AdapterState
-from common.config import SENT_TO_SITES, RunConfig, Scalar
+from common.config import RunConfig, Scalar
 from common.model import choose_device, digest_model, initial_adapter, load_base
 from common.records import Envelope, Task, seal_task
 from common.signing import SigningKey
@@ -46,7 +46,6 @@ class Hospital:
         return Site.open(self.folder)
 
     def task(self, server_round: int = 1, **changes: Any) -> Task:
-        flat = self.config.flat()
         fields: dict[str, Any] = {
             "kind": "train",
             "run_uid": "run-1",
@@ -56,7 +55,7 @@ class Hospital:
             "expires_at": int(time.time()) + 60,
             "base_digest": self.base_digest,
             "adapter_digest": self.adapter.digest(),
-            "config": {k: v for k, v in flat.items() if k.startswith(SENT_TO_SITES)},
+            "config": self.config.for_sites(),
         }
         settings = changes.pop("settings", {})
         fields["config"] = {**fields["config"], **settings}

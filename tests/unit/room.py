@@ -15,6 +15,7 @@ from server.history import History
 from server.messenger import Messenger
 from server.roster import Roster
 from server.rounds import Federation
+from server.run_context import RunContext
 from tests.unit.adapters import adapter_shape, random_adapter
 from tests.unit.fake_federation import Behaviour, FakeClock, FakeGrid, FakeSite
 
@@ -55,17 +56,17 @@ class Room:
 
     def open(self, roster: Roster | None = None) -> Federation:
         """Return a coordinator as it starts; a second one stands for a resumed run."""
-        return Federation(
-            Messenger(cast(Grid, self.grid)),
+        run = RunContext(
+            uid="run-7",
             config=self.config,
-            run_uid="run-7",
             key=KEY,
             roster=roster or Roster(site.entry for site in self.sites.values()),
             base_digest="base",
-            shape=adapter_shape(4, scaling=2.0),
             history=self.history,
             audit=self.audit,
         )
+        messenger = Messenger(cast(Grid, self.grid))
+        return Federation(messenger, run, shape=adapter_shape(4, scaling=2.0))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.history.events() if event["event"] == kind]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
@@ -29,15 +30,15 @@ def _message(records: RecordDict) -> Message:
     return message
 
 
-def _describe() -> Task:
-    return Task("describe", "run-1", "", 0, 1, int(time.time()) + 60)
+def _describe(**content: Any) -> Task:
+    return Task("describe", "run-1", "", 0, 1, int(time.time()) + 60, **content)
 
 
 def test_a_task_goes_to_the_site_and_its_reply_comes_back(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     hospital = make_hospital(tmp_path / "north", tiny_model_dir)
-    task = _describe()
+    task = _describe(base_digest=hospital.base_digest, config=hospital.config.for_sites())
     records = to_records(seal_task(task, hospital.coordinator))
 
     reply = app(_message(records), _context(**{"site-dir": str(hospital.folder)}))

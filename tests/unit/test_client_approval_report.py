@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from client.approval_report import approval_table, cost_table, request_json
+from client.approval_report import approval_table, cost_table
 from client.approvals import Request, plan_of
 from client.cost import RunCost
 from common.config import RunConfig
@@ -97,15 +96,3 @@ def test_the_table_is_a_hundred_columns_at_most_whatever_was_asked() -> None:
 
     assert len(lines) < 30
     assert all(len(line) <= 100 for line in lines)
-
-
-def test_json_of_a_request_is_strict_json() -> None:
-    unprotected = replace(COST, epsilon=math.inf, lifetime_epsilon_after=math.inf)
-
-    content = json.loads(json.dumps(request_json(_request(unprotected)), allow_nan=False))
-
-    assert content["run"] == "run-1"
-    assert content["cost"]["epsilon"] is None
-    assert content["cost"]["lifetime_epsilon_after"] is None
-    assert content["cost"]["steps"] == 1500
-    assert content["settings"]["model.name"] == "llama"

@@ -188,7 +188,7 @@ def test_requests_cannot_fill_the_disk(approvals: Approvals) -> None:
     for number in range(MAX_WAITING):
         _ask(approvals, _plan(f"run-{number}"))
 
-    with pytest.raises(PolicyError, match=f"{MAX_WAITING} runs wait for this hospital already"):
+    with pytest.raises(PolicyError, match=f"{MAX_WAITING} runs of this coordinator wait for"):
         approvals.check(_plan("one-more"), cost=_cost)
     assert len(list(approvals.folder.iterdir())) == MAX_WAITING
     approvals.decline("run-0")

@@ -43,8 +43,7 @@ def _run(**changes: Any) -> RunConfig:
 def _cost(run: RunConfig, speeds: Speeds, **changes: Any) -> RunCost:
     arguments: dict[str, Any] = {
         "model": MODEL,
-        "noise_multiplier": 1.0,
-        "sample_rate": 0.1,
+        "steps": GaussianSteps(1.0, 0.1, run.total_steps),
         "speeds": speeds,
         "device": CPU,
         "lifetime_epsilon_after": 7.0,
@@ -133,7 +132,7 @@ def test_a_run_costs_all_its_rounds(speeds: Speeds) -> None:
 
 
 def test_a_run_without_protection_costs_infinite_epsilon(speeds: Speeds) -> None:
-    cost = _cost(_run(privacy__unit="none"), speeds, noise_multiplier=0.0, sample_rate=1.0)
+    cost = _cost(_run(privacy__unit="none"), speeds, steps=GaussianSteps(0.0, 1.0, 15))
 
     assert cost.unit == "none"
     assert math.isinf(cost.epsilon)

@@ -302,7 +302,8 @@ def test_a_task_is_not_trained_as_anything_but_what_was_charged(
 def test_a_description_says_public_constants_only(hospital: Hospital) -> None:
     task = Task(
         kind="describe", run_uid="run-1", site="", server_round=0, attempt=1,
-        expires_at=hospital.task().expires_at,
+        expires_at=hospital.task().expires_at, base_digest=hospital.base_digest,
+        config=hospital.config.for_sites(),
     )  # fmt: skip
 
     reply, answer = _ask(hospital, task)
@@ -391,7 +392,7 @@ def test_few_patients_are_warned_of_once_in_the_hospitals_own_log(
     if warned:
         # 4 of 12 patients expected: 4 / (2 sqrt(dimension)).
         size = sum(p.A.size + p.B.size for p in hospital.adapter.pairs.values())
-        assert found[0].startswith("12 patients, fewer than 500")
+        assert found[0].startswith("north: 12 patients, fewer than 500")
         assert f"{4 / (2 * size**0.5):.2g} of its noise" in found[0]
 
 

@@ -131,3 +131,10 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_sites_name_is_one_word(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"site\.name"):
         _load(tmp_path, _tree(site={"name": name}))
+
+
+def test_a_folder_without_site_toml_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no site.toml in .*; give the hospital's folder.*--site"
+    ):
+        load_site_config(tmp_path)

@@ -174,8 +174,9 @@ def test_an_entry_of_other_types_is_none_though_its_digest_holds(
     head = _head(pristine, 3)
     good: dict[str, Any] = {
         "number": 4, "at": 1, "event": "reply", "fields": {}, "previous": head.digest,
+        "salt": "00" * 16,
     }  # fmt: skip
-    for changes in ({}, {"at": "1"}, {"at": True}, {"event": None}, {"fields": []}, {"more": 1}):
+    for changes in ({}, {"at": "1"}, {"at": True}, {"event": None}, {"salt": 1}, {"more": 1}):
         content = {**good, **changes}
         digest = link(head, canonical_json(content)).digest
         lines = [*pristine[:3], canonical_json({**content, "digest": digest})]

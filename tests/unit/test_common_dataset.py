@@ -181,7 +181,7 @@ def test_record_without_question_or_answer_is_skipped_and_counted(
         records = _load(path)
 
     assert (len(records), records.num_skipped) == (9, 1)
-    assert "skipped 1 of 10 records" in caplog.text
+    assert "skipped 1 of 10 incomplete records" in caplog.text
     assert SECRET not in caplog.text
 
 

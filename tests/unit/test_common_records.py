@@ -176,7 +176,7 @@ config_values = st.booleans() | st.integers() | st.floats(allow_nan=False) | st.
 
 @given(
     st.text(max_size=5),
-    st.integers(min_value=0),
+    st.integers(min_value=0, max_value=1 << 53),
     st.dictionaries(st.text("abc.-", min_size=1), config_values, max_size=4),
 )
 def test_any_task_survives_sealing(run_uid: str, server_round: int, config: Any) -> None:
@@ -318,6 +318,8 @@ def test_payload_that_is_no_task_is_refused_in_words(payload: bytes) -> None:
         {"protocol": True},
         {"protocol": "1"},
         {"expires_at": 1e300},
+        {"expires_at": -(10**400)},
+        {"server_round": (1 << 53) + 1},
         {"config": None},
         {"config": {"lora.rank": None}},
         {"config": {"lora": {"rank": 1}}},

@@ -390,7 +390,7 @@ def test_a_record_that_is_skipped_is_counted_without_a_word_of_it(
     everywhere.add_files(hospital.folder / "state")
     everywhere.check()
     assert code == ""
-    assert f"skipped 1 of {len(rows)} records" in caplog.text
+    assert f"skipped 1 of {len(rows)} incomplete records" in caplog.text
 
 
 def _hospital(folder: Path, model_dir: Path, *, suffix: str) -> Hospital:

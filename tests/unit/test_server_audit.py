@@ -14,7 +14,6 @@ from common.chain import ChainHead
 from common.config import RunConfig
 from common.records import Envelope, SiteHeads, Task, TaskKind, reply_to, seal_reply
 from server.audit import CoordinatorAudit
-from server.gathering import settings_for_sites
 from tests.unit.fake_federation import (
     Behaviour,
     FakeClock,
@@ -162,7 +161,7 @@ def test_without_protection_the_charge_says_so(clock: FakeClock, tmp_path: Path)
     room = _room(clock, tmp_path, **{"privacy__unit": "none"})
     room.federation.gather()
     room.audit.task_sent(
-        Task("train", "run-7", "bern", 1, 1, 0, config=settings_for_sites(room.config)),
+        Task("train", "run-7", "bern", 1, 1, 0, config=room.config.for_sites()),
         declared_size=100,
     )
     charge = room.lines("task")[-1]["charge"]
@@ -172,7 +171,7 @@ def test_without_protection_the_charge_says_so(clock: FakeClock, tmp_path: Path)
 def test_noise_that_the_run_fixes_is_the_charges_own(tmp_path: Path) -> None:
     audit = CoordinatorAudit(tmp_path, KEY)
     config = RunConfig.parse({"privacy.noise-multiplier": 1.5, "train.batch-size": 64})
-    task = Task("train", "run-7", "bern", 1, 1, 0, config=settings_for_sites(config))
+    task = Task("train", "run-7", "bern", 1, 1, 0, config=config.for_sites())
     audit.task_sent(task, declared_size=50)
     (entry,) = read_audit_log(audit.path)
     # A batch larger than the data set takes every record.
@@ -227,7 +226,7 @@ def test_two_coordinators_at_once_know_what_each_has_seen(tmp_path: Path) -> Non
     assert two.seen() == {"bern": heads}
 
 
-TASK = Task("train", "run-7", "bern", 1, 1, 2_000_000_000, config=settings_for_sites(RunConfig()))
+TASK = Task("train", "run-7", "bern", 1, 1, 2_000_000_000, config=RunConfig().for_sites())
 
 
 def _heads(ledger: int, audit: int, *, fork: str = "") -> SiteHeads:

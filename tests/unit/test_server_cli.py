@@ -21,7 +21,6 @@ from common.records import PrivacyRow, Task, reply_to
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit
 from server.cli import app
-from server.gathering import settings_for_sites
 from tests.unit.fake_federation import HEADS
 
 KEY = SigningKey.generate()
@@ -35,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     KEY.save(folder / KEY_FILE)
     audit = CoordinatorAudit(folder, KEY)
-    config = settings_for_sites(RunConfig())
+    config = RunConfig().for_sites()
     run = "0123456789abcdef"
     audit.note("run-started", run=run, round=0, base="ab" * 32, adapter="cd" * 32, config="ef" * 32)
     ask = Task("describe", run, "", 0, 1, 0, config=config)

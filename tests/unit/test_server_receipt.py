@@ -16,7 +16,6 @@ from common.receipts import Receipt, ReceiptCharge
 from common.records import PrivacyRow, SiteHeads, Task, TaskKind, reply_to, with_attempt
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
-from server.gathering import settings_for_sites
 from server.receipt import make_receipt
 from tests.unit.fake_federation import HEADS
 
@@ -30,7 +29,7 @@ class Book:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.audit = CoordinatorAudit(folder, KEY)
         changes = {key.replace("__", "."): value for key, value in settings.items()}
-        self.config = settings_for_sites(RunConfig.parse({"privacy.accountant": "rdp", **changes}))
+        self.config = RunConfig.parse({"privacy.accountant": "rdp", **changes}).for_sites()
         self.reply(Task("describe", "run-7", "", 0, 1, 0), kind="describe")
 
     def sent(self, server_round: int, *, attempt: int = 1, **changes: Any) -> Task:
@@ -100,9 +99,12 @@ def test_only_a_task_that_the_site_never_did_by_its_own_word_is_left_out(tmp_pat
     # And this one was done in the end.
     book.reply(book.sent(4, attempt=1), error="training")
     book.reply(book.sent(4, attempt=2))
-    # Training fails only after the charge.
-    book.reply(book.sent(5), error="training")
-    assert [server_round for server_round, _ in book.charges()] == [1, 3, 4, 5]
+    # These may come after the charge.
+    for server_round, code in ((5, "training"), (6, "config"), (7, "privacy"), (8, "internal")):
+        book.reply(book.sent(server_round), error=code)
+    # And this only before it.
+    book.reply(book.sent(9), error="budget")
+    assert [server_round for server_round, _ in book.charges()] == [1, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_finished_task_stays_charged_though_it_later_failed(tmp_path: Path) -> None:
