@@ -21,7 +21,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from common.errors import ConfigError, ConsiliumError
-from common.records import envelope_of, to_records
+from common.records import envelope_of, error_code, to_records
 
 if TYPE_CHECKING:
     from client.site import Site
@@ -57,8 +57,7 @@ def _relay(message: Message, context: Context) -> Message:
         correlation_id = uuid.uuid4().hex[:12]
         known = isinstance(error, ConsiliumError)
         logger.error("no answer [%s]: %s", correlation_id, error if known else type(error).__name__)
-        code = error.code if isinstance(error, ConsiliumError) else "internal"
-        refusal = Error(code=_UNANSWERED, reason=f"{code} {correlation_id}")
+        refusal = Error(code=_UNANSWERED, reason=f"{error_code(error)} {correlation_id}")
         return Message(refusal, reply_to=message)
     return Message(to_records(reply), reply_to=message)
 

@@ -19,10 +19,12 @@ from client.approval_report import approval_table, cost_table
 from client.ledger_report import ledger_table, report_ledger
 from client.sent import manifest_table
 from client.site import Site
+from client.site_config import load_site_config
+from client.up import run_site
 from common.audit_log import AuditEntry, verify_audit_log
 from common.canonical import plain_json
 from common.chain import ChainHead, parse_head
-from common.cli import console
+from common.cli import console, set_up_logging
 from common.config import load_run_config
 from common.errors import ConfigError, PolicyError
 
@@ -32,6 +34,15 @@ SiteDir = Annotated[
     Path, typer.Option("--site", help="The hospital's folder, with site.toml in it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="For another program to read.")]
+
+
+@app.command()
+def up(site: SiteDir = Path()) -> None:
+    """Connect this hospital to its coordinator and answer its tasks, until it is stopped."""
+    set_up_logging(verbose=True)
+    config = load_site_config(site)
+    run_site(config)
+    console.print(f"Stopped. Logs: {site / 'state' / 'flower'}", soft_wrap=True)
 
 
 @app.command()
@@ -78,13 +89,14 @@ def ledger(
             receipt = settle.read_bytes()
         except OSError as error:
             raise ConfigError(f"{settle} cannot be read ({error.strerror})") from None
-        question = "Charge what this receipt names? Nothing takes it off again."
         if not yes:
+            console.print(opened.lag(receipt).sentence(), soft_wrap=True, markup=False)
+            question = "Charge what this receipt names? Nothing takes it off again."
             typer.confirm(question, abort=True)
         settlement = opened.settle(receipt)
         console.print(settlement.sentence(), soft_wrap=True, markup=False)
     with console.status("Composing epsilon"):
-        report = report_ledger(opened.ledger, opened.config, wait=True)
+        report = report_ledger(opened.ledger, opened.config)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
         return

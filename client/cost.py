@@ -167,7 +167,9 @@ class Speeds:
             }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (
+            OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError,
+        ):  # fmt: skip
             logger.warning("%s cannot be read; hours are estimated afresh", self._path)
             return {}
 

@@ -16,11 +16,10 @@ from client.policy import check_task
 from client.site_config import SiteConfig
 from common.audit_log import AuditLog
 from common.canonical import canonical_json, from_canonical
-from common.chain import ChainHead
 from common.errors import ApprovalError, BudgetError, ConfigError, RestoreError
 from common.files import write_atomically
 from common.model import check_digest, choose_device
-from common.records import SiteHeads, Task
+from common.records import SiteHeads, Task, parse_heads
 
 
 class Gate:
@@ -108,17 +107,21 @@ class Gate:
         return [row for row in rows if row.run_uid == run_uid]
 
     def last_seen(self) -> SiteHeads | None:
-        """Return this site's heads as the coordinator last had them, None before it said so."""
+        """Return this site's heads as the coordinator last had them, None before it said so.
+
+        Raises ConfigError when the file that holds them cannot be read or is damaged.
+        """
         try:
-            content = from_canonical(self._seen_file.read_bytes())
-            return SiteHeads(ChainHead(**content["ledger"]), ChainHead(**content["audit"]))
+            return parse_heads(from_canonical(self._seen_file.read_bytes()))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError):
-            raise ConfigError(
-                f"{self._seen_file} is damaged; put its backup there, or remove it: the next task brings it "
-                "again"
-            ) from None
+        except OSError as error:
+            wrong = f"cannot be read ({error.strerror})"
+        except (ValueError, RecursionError):
+            wrong = "is damaged"
+        raise ConfigError(
+            f"{self._seen_file} {wrong}; put its backup there, or remove it: the next task brings it again"
+        )
 
     def _check_not_restored(self, task: Task) -> None:
         """A ledger or log behind what the coordinator last saw came from a backup, or was cut."""

@@ -136,15 +136,14 @@ class Ledger:
         unit: Unit,
         delta: float,
         accountant: Accountant = "prv",
-        run_uid: str = "",
         more: Sequence[LedgerRow] = (),
     ) -> float:
         """Return the composed epsilon of a data set, reserved rows included.
 
-        unit: the data set's. run_uid: of this run alone. more: rows that are not charged, as if they were.
+        unit: the data set's. more: rows that are not charged, as if they were.
         """
-        rows = [row for row in self.rows(dataset) if run_uid in ("", row.run_uid)]
-        return self._bounds(counted_steps([*rows, *more], unit=unit), delta, accountant).least
+        rows = [*self.rows(dataset), *more]
+        return self._bounds(counted_steps(rows, unit=unit), delta, accountant).least
 
     def bounds(
         self, dataset: str, *, unit: Unit, delta: float, wait: bool = False
@@ -157,10 +156,6 @@ class Ledger:
         return self._cache.bounds(
             counted_steps(self.rows(dataset), unit=unit), delta=delta, wait=wait
         )
-
-    def finish(self, *, timeout_s: float) -> None:
-        """Wait until what the thread on the side computes is kept."""
-        self._cache.finish(timeout_s=timeout_s)
 
     def calibration(self, inputs: str, compute: Callable[[], float]) -> float:
         """Return the noise multiplier calibrated for `inputs`, computed once and kept.

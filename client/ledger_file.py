@@ -20,13 +20,16 @@ from client.ledger_entries import (
     reservation,
 )
 from common.chain import ChainHead
-from common.errors import BudgetError
+from common.errors import BudgetError, DiskError
+from common.files import is_disk_full
 from common.privacy import GaussianSteps
 
 # PRAGMA user_version. 0: empty, or the former kind, a table of rows without a chain. 2: chained, and with
 # a table of epsilons that anybody could have edited.
 _VERSION = 3
 _CHAINED = 2
+# SQLite's names for what a full disk looks like to it.
+_DISK_IS_FULL = frozenset({"SQLITE_FULL"})
 _SCHEMA = (
     """CREATE TABLE entries (
         number INTEGER PRIMARY KEY,
@@ -43,8 +46,9 @@ _SCHEMA = (
 class LedgerFile:
     """One file of chained entries and of a table of calibrated noise multipliers.
 
-    Every method raises BudgetError, saying what to do, when the file cannot be read or written or is not
-    what was written, as far as its chain and what this object has seen of it can tell.
+    Every method raises DiskError when the disk is full, and BudgetError, saying what to do, when the file
+    cannot be read or written or is not what was written, as far as its chain and what this object has seen
+    of it can tell.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +61,8 @@ class LedgerFile:
             path.touch(mode=0o600)
             path.chmod(0o600)
         except OSError as error:
+            if is_disk_full(error):
+                raise DiskError(_full(path, error)) from error
             raise BudgetError(_unusable(path, error)) from error
         self._prepare()
 
@@ -77,6 +83,8 @@ class LedgerFile:
             database.execute("PRAGMA synchronous = EXTRA")
             yield database
         except sqlite3.Error as error:
+            if error.sqlite_errorname in _DISK_IS_FULL:
+                raise DiskError(_full(self.path, error)) from error
             raise BudgetError(_unusable(self.path, error)) from error
         except BudgetError as error:
             raise BudgetError(f"{self.path}: {error}") from None
@@ -155,6 +163,13 @@ class Transaction:
         self._database.executemany("INSERT INTO entries VALUES (?, ?, ?)", entries)
         self.state = replay(entries, after=self.state)
         return self.state
+
+
+def _full(path: Path, error: Exception) -> str:
+    return (
+        f"the disk of {path} is full ({error}), so nothing is charged or trained; free some space, and the "
+        "task goes on when it is asked again"
+    )
 
 
 def _unusable(path: Path, error: Exception) -> str:

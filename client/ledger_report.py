@@ -15,6 +15,7 @@ from client.budget import MAX_EXACT_SETTINGS, Unit, counted_steps
 from client.ledger import Ledger, LedgerRow
 from client.settlement import UNKNOWN_RUN
 from client.site_config import SiteConfig
+from common.canonical import plain_json
 from common.chain import ChainHead
 from common.privacy import (
     EpsilonBounds,
@@ -96,26 +97,25 @@ class LedgerReport:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for another program: no infinities, "no protection" and None for no cap instead."""
-        fits = None if self.fits is None else asdict(self.fits)
-        return {
-            "site": self.site,
-            "dataset": self.dataset,
-            "unit": self.unit,
-            "delta": self.delta,
-            "epsilon": _json_epsilon(self.epsilon),
-            "epsilon_prv": None if self.bounds.prv is None else _json_epsilon(self.bounds.prv),
-            "epsilon_rdp": _json_epsilon(self.bounds.rdp),
-            "max_epsilon": None if math.isinf(self.max_epsilon) else self.max_epsilon,
-            "remaining": None if math.isinf(self.remaining) else self.remaining,
-            "fits": fits,
-            "runs": [
-                {**asdict(run), "steps": run.steps, "epsilon": _json_epsilon(run.epsilon)}
-                for run in self.runs
-            ],
-            "other_datasets": list(self.other_datasets),
-            "head": asdict(self.head),
-        }
+        """Return it for another program: None for an epsilon without protection, and for no cap."""
+        plain: dict[str, Any] = plain_json(
+            {
+                "site": self.site,
+                "dataset": self.dataset,
+                "unit": self.unit,
+                "delta": self.delta,
+                "epsilon": self.epsilon,
+                "epsilon_prv": self.bounds.prv,
+                "epsilon_rdp": self.bounds.rdp,
+                "max_epsilon": self.max_epsilon,
+                "remaining": self.remaining,
+                "fits": None if self.fits is None else asdict(self.fits),
+                "runs": [{**asdict(run), "steps": run.steps} for run in self.runs],
+                "other_datasets": self.other_datasets,
+                "head": asdict(self.head),
+            }
+        )
+        return plain
 
     def sentences(self) -> list[str]:
         """Return what stands below the table, in words."""
@@ -123,7 +123,7 @@ class LedgerReport:
         spent = NO_PROTECTION if unprotected else f"epsilon {self.epsilon:.2f}"
         lines = [f"{self.dataset}, whole life: {spent} by {self.unit} at delta {self.delta:g}"]
         if not unprotected:
-            prv = "is being computed" if self.bounds.prv is None else f"{self.bounds.prv:.2f}"
+            prv = "cannot be computed" if self.bounds.prv is None else f"{self.bounds.prv:.2f}"
             lines[0] += f" (PRV {prv}, RDP {self.bounds.rdp:.2f})"
         if math.isinf(self.max_epsilon):
             lines.append("policy.max-epsilon is inf: no cap")
@@ -150,8 +150,8 @@ class LedgerReport:
         return lines
 
 
-def report_ledger(ledger: Ledger, config: SiteConfig, *, wait: bool = False) -> LedgerReport:
-    """Return the report of a site's data set. wait: for the exact epsilon, however long it takes."""
+def report_ledger(ledger: Ledger, config: SiteConfig) -> LedgerReport:
+    """Return the report of a site's data set, with the exact epsilon, however long that takes."""
     data, max_epsilon = config.data, config.policy.max_epsilon
     rows = ledger.rows(data.name)
     return LedgerReport(
@@ -161,7 +161,7 @@ def report_ledger(ledger: Ledger, config: SiteConfig, *, wait: bool = False) -> 
         delta=data.delta,
         max_epsilon=max_epsilon,
         runs=_runs(rows, unit=data.unit, delta=data.delta),
-        bounds=ledger.bounds(data.name, unit=data.unit, delta=data.delta, wait=wait),
+        bounds=ledger.bounds(data.name, unit=data.unit, delta=data.delta, wait=True),
         fits=_fitting(rows, unit=data.unit, delta=data.delta, max_epsilon=max_epsilon),
         other_datasets=tuple(name for name in ledger.datasets() if name != data.name),
         head=ledger.head(),
@@ -235,7 +235,3 @@ def _fitting(
 
 def _date(seconds: int) -> str:
     return datetime.fromtimestamp(seconds).date().isoformat()
-
-
-def _json_epsilon(epsilon: float) -> float | str:
-    return NO_PROTECTION if math.isinf(epsilon) else epsilon

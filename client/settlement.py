@@ -25,11 +25,38 @@ from client.ledger_entries import LedgerRow, LedgerState, release, reservation, 
 from common.errors import BudgetError
 from common.privacy import GaussianSteps
 from common.receipts import Receipt, ReceiptCharge
+from common.records import SiteHeads
 
 # What a row is called whose run nobody remembers.
 UNKNOWN_RUN = "unknown"
 # More entries than a site writes in its life: a backup is never that far behind, a slip of the pen is.
 _MAX_LOST = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How far a site stands behind a receipt. here: its own heads. seen: the receipt's.
+
+    stands: ledger and log have both been where they were seen, or were settled since.
+    """
+
+    here: SiteHeads
+    seen: SiteHeads
+    stands: bool
+
+    def sentence(self) -> str:
+        """Return it in words."""
+        entries, lines = (
+            f"{max(0, seen.count - here.count)} {unit} ({seen.count} were seen, {here.count} are here)"
+            for unit, seen, here in (
+                ("entries", self.seen.ledger, self.here.ledger),
+                ("lines", self.seen.audit, self.here.audit),
+            )
+        )
+        ahead = f"The receipt is ahead of this ledger by {entries}, of its audit log by {lines}"
+        if self.stands:
+            return f"{ahead}; both hold what was seen, or were settled since."
+        return f"{ahead}; what was seen is not here any more."
 
 
 @dataclass(frozen=True, slots=True)

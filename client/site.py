@@ -5,7 +5,7 @@ agent and in a simulation, where a site is a folder laid out exactly like a hosp
 
     site.toml  keys/signing.pem  (and the data, where site.toml says)
     state/  ledger.sqlite  audit.jsonl  seen.json  speed.json  outbox/  approvals/
-           manifests/
+           manifests/  turn.lock  waiting/
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import time
 import traceback
 import uuid
@@ -32,8 +33,10 @@ from client.outbox import Outbox, Outcome
 from client.plan import TaskPlan, plan_task
 from client.policy import check_run_uid, check_task
 from client.sent import Manifest, Manifests, manifest_of
+from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
 from client.training import Workbench, open_adapter
+from client.turn import Turn
 from common.adapter import AdapterState
 from common.audit_log import AuditLog
 from common.config import RunConfig
@@ -43,18 +46,23 @@ from common.errors import (
     BudgetError,
     ConsiliumError,
     DataError,
+    DiskError,
+    ExpiredError,
     ModelError,
+    OvertakenError,
     ProtocolError,
     SignatureError,
 )
+from common.files import is_disk_full
 from common.privacy import compose_epsilon
-from common.receipts import open_receipt
+from common.receipts import Receipt, open_receipt
 from common.records import (
     Envelope,
     PrivacyRow,
     Reply,
     SiteHeads,
     Task,
+    check_not_expired,
     error_code,
     open_task,
     reply_to,
@@ -62,6 +70,8 @@ from common.records import (
 )
 from common.signing import TASK_DOMAIN, SigningKey, verify_any
 
+# For the lines and entries that a task adds to the site's own files.
+_SPARE_BYTES = 1 << 20
 # A refusal may quote what was asked, whose length is the other side's choice.
 _MAX_WHY = 2000
 
@@ -99,6 +109,7 @@ class Site:
         self.approvals = Approvals(state / "approvals")
         self.manifests = Manifests(state / "manifests")
         self._outbox = Outbox(state / "outbox")
+        self._turn = Turn(state)
         speeds = Speeds(state / "speed.json")
         self._workbench = Workbench(config, speeds=speeds, entropy=entropy)
         self._gate = Gate(
@@ -130,20 +141,26 @@ class Site:
                 domain=TASK_DOMAIN,
                 public_keys=self.config.coordinator.public_keys,
             )
-            task = open_task(
-                envelope, public_keys=(signer,), site=self.config.site.name, now_s=now_s
-            )
+            task = open_task(envelope, public_keys=(signer,), site=self.config.site.name)
         except (SignatureError, ProtocolError) as error:
             received = hashlib.sha256(envelope.payload).hexdigest()
             self.audit.append("refused", task_sha256=received, code=error.code, why=_said(error))
             raise
         try:
+            check_not_expired(task, now_s=now_s)
+            # From here on by a clock that nobody sets.
+            ends_s = time.monotonic() + task.expires_at - now_s
             check_run_uid(task.run_uid)
             if task.kind == "describe":
                 return self._seal(task, self._describe(task, signer))
-            outcome, privacy = self._train(task, envelope.adapter, signer)
+            outcome, privacy = self._train(task, envelope.adapter, signer, ends_s=ends_s)
             return self._seal(task, outcome.numbers, adapter=outcome.adapter, privacy=privacy)
         except Exception as error:
+            if is_disk_full(error):
+                error = DiskError(
+                    f"a disk is full, that of {self.config.folder} or of temporary files; free some space, "
+                    "and the task goes on when it is asked again"
+                )
             return self._refuse(task, error)
 
     def dry_run(self, run: RunConfig, *, on_step: Callable[[int], None]) -> DryRun:
@@ -172,16 +189,21 @@ class Site:
         manifest = manifest_of(outcome.adapter, numbers=outcome.numbers, privacy=privacy)
         return DryRun(manifest, cost, trained.local)
 
+    def lag(self, receipt: bytes) -> Lag:
+        """Return how far ledger and log stand behind the coordinator's receipt. Raises as `settle` does."""
+        seen = self._open_receipt(receipt).heads
+        return Lag(
+            SiteHeads(self.ledger.head(), self.audit.head()), seen, self._gate.stands_at(seen)
+        )
+
     def settle(self, receipt: bytes) -> Settlement:
         """Bring ledger and log of a restored site in line with the coordinator's receipt.
 
         Raises SignatureError or ProtocolError for a receipt that is not the coordinator's for this site.
         """
-        opened = open_receipt(
-            receipt,
-            public_keys=self.config.coordinator.public_keys,
-            site=self.config.site.name,
-        )
+        opened = self._open_receipt(receipt)
+        # Damaged, it would stop this after the ledger was changed.
+        self.last_seen()
         data = self.config.data
         stands = self._gate.stands_at(opened.heads)
         settlement = self.ledger.settle(opened, dataset=data.name, unit=data.unit, delta=data.delta)
@@ -192,9 +214,9 @@ class Site:
 
     def approve(self, run_uid: str) -> None:
         """Let a waiting run begin. Raises ConfigError when no such run asked."""
-        self.approvals.find(run_uid)
-        # First its line: there is no permission that is not on record.
-        self.audit.append("approved", run=run_uid)
+        if self.approvals.find(run_uid).state != "declined":
+            # First its line: there is no permission that is not on record.
+            self.audit.append("approved", run=run_uid)
         self.approvals.approve(run_uid)
 
     def decline(self, run_uid: str) -> None:
@@ -211,44 +233,85 @@ class Site:
         """The public key of this site's signatures, 64 hex digits."""
         return self._key.public_hex
 
+    def _open_receipt(self, receipt: bytes) -> Receipt:
+        keys = self.config.coordinator.public_keys
+        return open_receipt(receipt, public_keys=keys, site=self.config.site.name)
+
     def _describe(self, task: Task, signer: str) -> dict[str, float]:
         self._gate.consider(task, signer=signer)
         config = self.config
         return {"declared-size": config.data.declared_size, "max-rank": config.policy.max_rank}
 
-    def _train(self, task: Task, incoming: bytes, signer: str) -> tuple[Outcome, PrivacyRow]:
+    def _train(
+        self, task: Task, incoming: bytes, signer: str, *, ends_s: float
+    ) -> tuple[Outcome, PrivacyRow]:
         plan = self._gate.consider(task, signer=signer)
         self._record_task(task)
         # Before the charge: what cannot be trained from must not cost the hospital anything.
         shape = self._gate.planned(plan, base_digest=task.base_digest).shape
         adapter = open_adapter(incoming, shape=shape, digest=task.adapter_digest)
-        self._gate.charge(plan)
-        # In this order: another process that released it since has stored it before.
-        row = self.ledger.find(task.task_id)
-        outcome = self._outbox.find(task.task_id)
-        if outcome is None:
-            _check_not_answered(row)
-            self._record_training(task, plan)
-            outcome = self._train_once(task, plan, adapter)
-        self.ledger.release(task.task_id)
+        self._check_space(task, adapter_bytes=len(incoming))
+        with self._turn.take(task, ends_s=ends_s) as on_step:
+            self._gate.charge(plan)
+            self._settle_overtaken(task)
+            row = self.ledger.find(task.task_id)
+            outcome = self._outbox.find(task.task_id)
+            if outcome is None:
+                _check_not_answered(row)
+                self._record_training(task, plan)
+                outcome = self._train_once(task, plan, adapter, on_step=on_step)
+            self.ledger.release(task.task_id)
         if outcome.failure:
             raise _FailedTaskError(outcome.failure)
         # The file may have been exchanged since it was written.
         check_adapter(outcome.adapter, shape=shape, max_norm=self.config.policy.max_adapter_norm)
         return outcome, _privacy_row(plan, rows=self._gate.own_rows(task.run_uid))
 
-    def _train_once(self, task: Task, plan: TaskPlan, adapter: AdapterState) -> Outcome:
+    def _check_space(self, task: Task, *, adapter_bytes: int) -> None:
+        """What cannot be written down afterwards need not be trained."""
+        if self._outbox.find(task.task_id) is not None:
+            return
+        state = self.config.folder / "state"
+        needed, free = 3 * adapter_bytes + _SPARE_BYTES, shutil.disk_usage(state).free
+        if free < needed:
+            raise DiskError(
+                f"{state} has {free:,} bytes free, and this task needs {needed:,}; free some space, and the "
+                "task goes on when it is asked again"
+            )
+
+    def _settle_overtaken(self, task: Task) -> None:
+        """Close what earlier rounds of this run were charged for and never answered: nobody asks for it."""
+        for row in self._gate.own_rows(task.run_uid):
+            if row.state == "reserved" and row.server_round < task.server_round:
+                self.audit.append(
+                    "overtaken", task_id=row.task_id, run=row.run_uid, round=row.server_round
+                )
+                self._outbox.store(row.task_id, Outcome(b"", {}, failure=OvertakenError.code))
+                self.ledger.release(row.task_id)
+
+    def _train_once(
+        self,
+        task: Task,
+        plan: TaskPlan,
+        adapter: AdapterState,
+        *,
+        on_step: Callable[[], None],
+    ) -> Outcome:
         """Return what a task gave, on disk: an adapter, or that it failed.
 
         That it failed is an answer too, which depends on records and noise: asked again, the task must not be
         drawn afresh, or whoever asks often enough averages the noise away under one charge. Raises what
-        goes wrong before anything is drawn.
+        goes wrong before anything is drawn, and what says nothing of it: that time, turn or disk are gone.
         """
         try:
-            trained = self._workbench.train(task, plan.run, plan.dp, incoming=adapter).outcome
-        except (DataError, ModelError, SignatureError):
+            trained = self._workbench.train(
+                task, plan.run, plan.dp, incoming=adapter, on_step=lambda step: on_step()
+            ).outcome
+        except (DataError, ModelError, SignatureError, ExpiredError, OvertakenError):
             raise
         except Exception as error:
+            if is_disk_full(error):
+                raise
             logger.error("task %s failed: %s", task.task_id[:12], _said(error))
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.debug("where task %s failed:\n%s", task.task_id[:12], frames)

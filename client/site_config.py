@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from common.address import HostPort
 from common.config import read_toml
 from common.errors import ConfigError
 
@@ -33,6 +34,11 @@ class _Section(BaseModel):
         alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _lists_are_frozen(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class SiteSection(_Section):
@@ -74,11 +80,6 @@ class DataSection(_Section):
     # Columns that hold people's names: each of them, and each of its parts, goes from its record's text.
     # Exact where the scrub of names alone guesses; every record must have them.
     name_columns: tuple[str, ...] = ()
-
-    @field_validator("scrub", "name_columns", mode="before")
-    @classmethod
-    def _lists_are_frozen(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _names_are_scrubbed_where_columns_hold_them(self) -> DataSection:
@@ -142,11 +143,6 @@ class PolicySection(_Section):
     # that is not has diverged.
     max_adapter_norm: float = Field(10_000.0, gt=0)
 
-    @field_validator("allowed_models", "allowed_target_modules", "release_metrics", mode="before")
-    @classmethod
-    def _lists_are_frozen(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
     @model_validator(mode="after")
     def _one_model_has_one_name(self) -> PolicySection:
         names = [model.name for model in self.allowed_models]
@@ -159,17 +155,19 @@ class KeysSection(_Section):
     """This site's own keys, relative to this folder."""
 
     signing: str = "keys/signing.pem"
+    # Shows Flower which node connects: ECDSA P-384 in OpenSSH form. The coordinator enrols its .pub.
+    node: str = "keys/node"
 
 
 class CoordinatorSection(_Section):
-    """Whose tasks this site believes: one Ed25519 public key of 64 hex digits, or a list of them."""
+    """Whose tasks this site believes, and where `consilium client up` finds the coordinator."""
 
+    # One Ed25519 public key of 64 hex digits, or a list of them.
     public_key: PublicKeyHex | tuple[PublicKeyHex, ...]
-
-    @field_validator("public_key", mode="before")
-    @classmethod
-    def _lists_are_frozen(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    # HOST:PORT of the coordinator; the only connection that this site opens.
+    address: HostPort | None = None
+    # What vouches for that host, relative to this folder.
+    root_certificates: str = "coordinator/ca.crt"
 
     @model_validator(mode="after")
     def _somebody_is_believed(self) -> CoordinatorSection:
@@ -211,6 +209,16 @@ class SiteConfig(_Section):
     def signing_key_path(self) -> Path:
         """Where this site's private signing key is."""
         return self.folder / self.keys.signing
+
+    @property
+    def node_key_path(self) -> Path:
+        """Where the private key of this site's SuperNode is."""
+        return self.folder / self.keys.node
+
+    @property
+    def root_certificates_path(self) -> Path:
+        """Where the certificate that vouches for the coordinator is."""
+        return self.folder / self.coordinator.root_certificates
 
     @property
     def models(self) -> dict[str, Path]:

@@ -140,11 +140,6 @@ def digest_tensors(tensors: Mapping[str, Float32]) -> str:
     return digest.hexdigest()
 
 
-def digest_safetensors(data: bytes) -> str:
-    """Return `digest_tensors` of the tensors in safetensors bytes."""
-    return digest_tensors(load(data))
-
-
 def from_safetensors(data: bytes, *, shape: AdapterShape) -> AdapterState:
     """Return the adapter in safetensors bytes, which must be exactly of `shape`.
 

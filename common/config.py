@@ -176,7 +176,8 @@ class FederationSection(_Section):
 class CheckpointSection(_Section):
     """What a run keeps on disk."""
 
-    # The newest so many rounds are kept; 0 keeps all.
+    # The newest so many rounds are kept, and the one of the lowest central loss; 0 keeps all. With 1, a
+    # damaged one cannot be replaced by the one before.
     keep: int = Field(3, ge=0)
 
 
@@ -202,6 +203,9 @@ class EvaluationSection(_Section):
     every: int = Field(1, ge=1)
     # Records per forward pass.
     batch_size: int = Field(16, ge=1)
+    # Evaluations in a row without a lower central loss after which the run stops, which spends less of
+    # each site's budget; 0 never stops early. With export.round = "best" it hands out what it stopped for.
+    patience: int = Field(0, ge=0)
 
 
 class ExportSection(_Section):
@@ -209,6 +213,9 @@ class ExportSection(_Section):
 
     # adapter: a PEFT folder that PeftModel.from_pretrained loads.
     formats: Literal["adapter"] = "adapter"
+    # last: what all rounds made; best: the round of the lowest central loss, which was then chosen on
+    # the central data and looks better there than elsewhere.
+    round: Literal["last", "best"] = "last"
 
 
 class RunSection(_Section):
@@ -310,6 +317,13 @@ def _contradictions(config: RunConfig) -> Iterable[str]:
         yield (
             f"federation.quorum = {config.federation.quorum} is above federation.min-sites = "
             f"{config.federation.min_sites}: a round may start that can never reach it"
+        )
+    chosen_by_loss = config.evaluation.patience or config.export.round == "best"
+    if chosen_by_loss and not config.evaluation.central_data:
+        yield (
+            f"evaluation.patience = {config.evaluation.patience} and export.round = "
+            f"{config.export.round!r} go by the central loss, and evaluation.central-data is empty; name "
+            "the coordinator's test records, or use 0 and 'last'"
         )
     if (
         config.privacy.unit == "patient"

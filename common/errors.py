@@ -15,6 +15,9 @@
     ├── PrivacyError                a privacy setting is impossible or void
     ├── EgressError                 something that may not leave was about to
     ├── TrainingError               local training went wrong (adapter not finite or unmoved, time is up)
+    ├── ExpiredError                a task's time was over, when it came or while it was trained
+    ├── OvertakenError              a later round's task took the place of this one
+    ├── DiskError                   a disk is full
     ├── ScreeningError              a reply was refused by the coordinator
     ├── QuorumError                 too few sites or replies; the run stopped
     ├── CheckpointError             a checkpoint or a run folder is damaged or in the way
@@ -26,6 +29,7 @@ or a count of the hospital's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -122,6 +126,25 @@ class TrainingError(ConsiliumError):
     code = "training"
 
 
+class ExpiredError(ConsiliumError):
+    """A task's time was over, when it came or while it was trained: nobody waits for its reply."""
+
+    code = "expired"
+
+
+class OvertakenError(ConsiliumError):
+    """A later round of the same run took this task's place; it is settled and never trained again."""
+
+    code = "overtaken"
+
+
+class DiskError(ConsiliumError):
+    """A disk is full; what was begun goes on once there is space."""
+
+    code = "disk"
+    exit_code = 7
+
+
 class ScreeningError(ConsiliumError):
     """A reply was refused by the coordinator; `reason` is one word for history and log."""
 
@@ -155,9 +178,17 @@ class EngineError(ConsiliumError):
 
 def known_codes() -> frozenset[str]:
     """Return every code that an error of this tree can leave a hospital as."""
-    pending, codes = [ConsiliumError], set()
+    return frozenset(kind.code for kind in _tree())
+
+
+def exit_code_of(code: str) -> int:
+    """Return the exit code that goes with an error's code; 1 where none of its own does."""
+    return next((kind.exit_code for kind in _tree() if kind.code == code), 1)
+
+
+def _tree() -> Iterator[type[ConsiliumError]]:
+    pending = [ConsiliumError]
     while pending:
         kind = pending.pop()
-        codes.add(kind.code)
+        yield kind
         pending += kind.__subclasses__()
-    return frozenset(codes)

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +21,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from common.canonical import canonical_json, from_canonical
 from common.chain import EMPTY, ChainHead
 from common.config import Scalar
-from common.errors import ConsiliumError, ProtocolError, SignatureError, known_codes
+from common.errors import (
+    ConsiliumError,
+    DiskError,
+    ExpiredError,
+    ProtocolError,
+    SignatureError,
+    known_codes,
+)
+from common.files import is_disk_full
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey, verify, verify_any
 
 # Raised whenever a field or its meaning changes; a site refuses any other and says so in words.
@@ -167,25 +175,29 @@ def seal_reply(reply: Reply, key: SigningKey, *, adapter: bytes = b"") -> Envelo
     return Envelope(payload, key.sign(payload, domain=REPLY_DOMAIN), adapter)
 
 
-def open_task(envelope: Envelope, *, public_keys: Sequence[str], site: str, now_s: float) -> Task:
-    """Return the task in an envelope after every check that needs no policy.
+def open_task(envelope: Envelope, *, public_keys: Sequence[str], site: str) -> Task:
+    """Return the task in an envelope after every check that needs neither policy nor clock.
 
-    public_keys: those of the coordinators that this site believes. site: who we are. now_s: Unix seconds.
-    Raises SignatureError when the signature does not hold, ProtocolError when the task is malformed,
-    expired, for another site or of another protocol version.
+    public_keys: those of the coordinators that this site believes. site: who we are.
+    Raises SignatureError when the signature does not hold, ProtocolError when the task is malformed, for
+    another site or of another protocol version. Whether it is still wanted says `check_not_expired`.
     """
     verify_any(envelope.payload, envelope.signature, domain=TASK_DOMAIN, public_keys=public_keys)
     task = _parse(envelope.payload, Task)
     if task.kind not in ("describe", "train"):
         raise ProtocolError(f"task kind {task.kind!r} is none of 'describe', 'train'")
-    if now_s > task.expires_at:
-        raise ProtocolError(
-            f"the task expired {now_s - task.expires_at:.0f} s ago; check this machine's clock, or "
-            "raise federation.deadline-s"
-        )
     if task.kind == "train" and task.site != site:
         raise ProtocolError(f"the task is for site {task.site!r}, and this is {site!r}")
     return task
+
+
+def check_not_expired(task: Task, *, now_s: float) -> None:
+    """Raise ExpiredError when a task's time was over at `now_s` (Unix seconds)."""
+    if now_s > task.expires_at:
+        raise ExpiredError(
+            f"the task expired {now_s - task.expires_at:.0f} s ago; check this machine's clock and the "
+            "coordinator's, or raise federation.deadline-s"
+        )
 
 
 def open_reply(envelope: Envelope, *, task: Task, site: str, public_hex: str) -> Reply:
@@ -274,12 +286,9 @@ def reply_to(task: Task, *, site: str, **content: Any) -> Reply:
 
 def error_code(error: BaseException) -> str:
     """Return all that an error may say outside a hospital: one code of common/errors.py."""
+    if is_disk_full(error):
+        return DiskError.code
     return error.code if isinstance(error, ConsiliumError) else "internal"
-
-
-def with_attempt(task: Task, *, attempt: int, expires_at: int) -> Task:
-    """Return the same task (same task_id) for another attempt."""
-    return replace(task, attempt=attempt, expires_at=expires_at)
 
 
 def _as_dict(item: Task | Reply | PrivacyRow | SiteHeads | ChainHead) -> dict[str, Any]:
@@ -309,7 +318,7 @@ def _parse(payload: bytes, kind: type[_T]) -> _T:
             content["privacy"] = PrivacyRow(**_typed(content["privacy"], PrivacyRow))
         for field_name in ("seen", "heads"):
             if content.get(field_name) is not None:
-                content[field_name] = _heads(content[field_name])
+                content[field_name] = parse_heads(content[field_name])
         if "audit_head" in content:
             content["audit_head"] = _head(content["audit_head"])
         item = kind(**_typed(content, kind))
@@ -335,7 +344,8 @@ def _head(content: Any) -> ChainHead:
     return head
 
 
-def _heads(content: Any) -> SiteHeads:
+def parse_heads(content: Any) -> SiteHeads:
+    """Return the heads that `asdict` made a mapping of. Raises ValueError for anything else."""
     if not isinstance(content, dict) or set(content) != {"ledger", "audit"}:
         raise ValueError("heads")
     return SiteHeads(_head(content["ledger"]), _head(content["audit"]))

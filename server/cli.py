@@ -11,18 +11,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from common.audit_log import AuditEntry, read_audit_log, verify_audit_log
 from common.canonical import plain_json
 from common.chain import parse_head
-from common.cli import console
+from common.cli import INTERRUPTED, console, set_up_logging
+from common.config import load_run_config
+from common.errors import exit_code_of
 from common.files import write_atomically
 from common.receipts import seal_receipt
 from common.records import SiteHeads
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
+from server.coordinator import Coordinator, load_coordinator
+from server.following import follow_run
+from server.progress import RunProgress
 from server.receipt import make_receipt
+from server.run_folder import RunFolder
+from server.summary_text import summary_sentences
+from server.up import run_coordinator
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator's side.")
 
@@ -30,6 +39,95 @@ CoordinatorDir = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="The coordinator's folder: signing.pem and audit.jsonl."),
 ]
+
+
+@app.command()
+def up(
+    folder: CoordinatorDir,
+) -> None:
+    """Run the coordinator: SuperLink, superexec, and whatever runs are asked for; until it is stopped."""
+    set_up_logging(verbose=True)
+    run_coordinator(load_coordinator(folder))
+    console.print(f"Stopped. The coordinator's logs: {folder / 'flower'}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's settings.")],
+    folder: CoordinatorDir,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; default: DIR/runs/NAME of the run.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an earlier run in the folder.")] = False,
+    detach: Annotated[bool, typer.Option(help="Ask for the run and do not follow it.")] = False,
+) -> None:
+    """Run a federation of the enrolled hospitals, and follow it; `server up` does the work."""
+    # Only here, because they load torch: `up` would hold it in memory for weeks.
+    from common.model import release_base
+    from server.orders import check_order, order_run, require_room
+
+    coordinator = load_coordinator(folder)
+    name = run_file.stem if run_file.stem != "run" else run_file.resolve().parent.name
+    run_dir = (out or folder / "runs" / name).resolve()
+    require_room(coordinator, run_dir, resume=resume)
+    config = load_run_config(run_file, overrides=overrides or ())
+    with console.status("Checking the run"):
+        checked = check_order(coordinator, config, base_dir=run_file.resolve().parent)
+    opened = order_run(coordinator, checked, run_dir=run_dir, resume=resume, force=force)
+    del checked
+    release_base()
+    console.print(f"Asked for run {opened.run_uid}; it writes {opened.path}", soft_wrap=True)
+    if coordinator.up_pid() is None:
+        _say(f"It begins when `consilium server up {folder}` runs; now it does not.")
+    if detach:
+        console.print(f"Watch it: consilium server status {folder}", soft_wrap=True)
+        return
+    _follow(coordinator, opened, title=name, folder=folder)
+
+
+def _follow(coordinator: Coordinator, run: RunFolder, *, title: str, folder: Path) -> None:
+    expected = len(coordinator.roster())
+    try:
+        with RunProgress(title, console=console, expected_sites=expected) as listener:
+            state = follow_run(coordinator, run.run_uid, listener=listener, say=_say)
+    except KeyboardInterrupt:
+        console.print(
+            f"Detached: run {run.run_uid} goes on. Watch it: consilium server status {folder}; end it: "
+            f"consilium server stop {folder}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    if state.kind != "finished":
+        _say(f"{state.kind} ({state.code}): {state.message}")
+        raise typer.Exit(exit_code_of(state.code))
+    for sentence in summary_sentences(json.loads(run.summary.read_text())):
+        console.print(sentence)
+    console.print(
+        f"Wrote {run.path}: adapter/, summary.json, history.jsonl, checkpoints/", soft_wrap=True
+    )
+
+
+def _say(trouble: str) -> None:
+    console.print(f"[yellow]{escape(trouble)}[/yellow]", soft_wrap=True)
+
+
+@app.command()
+def stop(folder: CoordinatorDir) -> None:
+    """End the run that goes; `server run --resume` lets it go on."""
+    from server.orders import stop_run
+
+    with console.status("Stopping the run"):
+        stopped = stop_run(load_coordinator(folder))
+    console.print(
+        f"Stopped run {stopped.uid} after round {stopped.state.rounds_done} of "
+        f"{stopped.state.rounds or '?'}; continue with: consilium server run RUN.toml {folder} --out "
+        f"{stopped.folder.path} --resume",
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 15.0
 _DESCRIBE_DEADLINE_S = 300.0
 _LOOK_AGAIN_S = 2.0
+_TTL_MARGIN_S = 60.0
 # A hospital's people decide: asking more often makes nobody faster.
 _ASK_AGAIN_S = 10.0
 
@@ -122,7 +123,8 @@ class Gathering:
 
     def _members(self, nodes: set[int]) -> list[Member]:
         standing = [self._standing[node] for node in nodes & self._standing.keys()]
-        return [one for one in standing if isinstance(one, Member)]
+        excluded = self._run.exclusions.current()
+        return [one for one in standing if isinstance(one, Member) and one.site not in excluded]
 
     def _awaiting(self, nodes: set[int]) -> list[str]:
         standing = [self._standing[node] for node in nodes & self._standing.keys()]
@@ -142,6 +144,7 @@ class Gathering:
         refused = {
             one.site: one.reason for one in self._standing.values() if isinstance(one, _Refused)
         }
+        refused |= dict.fromkeys(self._run.exclusions.current(), "excluded")
         needed = self._run.config.federation.min_sites
         if refused and len(self._run.roster.keys() - refused.keys()) < needed:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
@@ -164,13 +167,15 @@ class Gathering:
         seen = self._run.audit.seen()
         enough = self._run.config.federation.min_sites
         grace_ends = time.monotonic() + _GRACE_S if present >= enough else math.inf
-        answers = self._messenger.exchange(
-            dict.fromkeys(nodes, (task, seal_task(task, self._run.key))),
-            deadline_s=deadline_s,
-            stop_at=lambda: grace_ends,
-        )
-        for node, message in answers:
-            standing = self._hear(node, message, task, seen)
+        sealed = seal_task(task, self._run.key)
+        self._messenger.send(dict.fromkeys(nodes, (task, sealed)), ttl_s=deadline_s + _TTL_MARGIN_S)
+        answers = self._messenger.answers(deadline_s=deadline_s, stop_at=lambda: grace_ends)
+        for answer in answers:
+            if answer.message is None:
+                # It was gone, and will be asked the next time.
+                self._messenger.forget(answer.sent.node_id)
+                continue
+            standing = self._hear(answer.sent.node_id, answer.message, task, seen)
             present += isinstance(standing, Member)
             # Nor must who awaits approval wait for a silent node before it is asked again.
             if present >= enough or isinstance(standing, _Awaiting):

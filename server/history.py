@@ -17,8 +17,8 @@ class History:
     """Appends events to a file and tells a listener.
 
     Every event has `event` (its kind) and `time` (Unix seconds). Kinds: run-started, resumed, base,
-    waiting, approval, sites, round-started, reply, refused (round 0: before any), retry, round,
-    finished, stopped.
+    roster-changed, waiting, approval, excluded, sites, round-started, reply, refused (round 0: before
+    any), asked-again, late, retry, round, early-stop, finished, stopped.
     """
 
     def __init__(self, path: Path, *, listener: Listener = lambda event: None) -> None:

@@ -18,6 +18,9 @@ from common.files import write_atomically
 
 LAUNCH_VARIABLE = "CONSILIUM_LAUNCH_DIR"
 
+# The app bundle: the folder whose pyproject.toml describes it.
+APP_DIR = Path(__file__).resolve().parent.parent
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -44,6 +47,15 @@ class Launch:
         return path
 
 
+def read_launch(path: Path) -> Launch:
+    """Return a saved launch. Raises ConfigError when it is malformed or gone."""
+    try:
+        content = json.loads(path.read_text())
+        return Launch(**{**content, "central_files": tuple(content["central_files"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ConfigError(f"{path} is not a launch; write it again") from None
+
+
 def load_launch(run_config: Mapping[str, Scalar]) -> tuple[Launch, RunConfig]:
     """Return the launch that the environment names for this run, and the run's whole config.
 
@@ -57,11 +69,7 @@ def load_launch(run_config: Mapping[str, Scalar]) -> tuple[Launch, RunConfig]:
             f"no launch for run.uid = {run_uid!r} in {LAUNCH_VARIABLE} = {folder!r}; set run.uid and "
             "start the ServerApp's environment with that variable"
         )
-    try:
-        content = json.loads(path.read_text())
-        launch = Launch(**{**content, "central_files": tuple(content["central_files"])})
-    except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"{path} is not a launch; write it again") from None
+    launch = read_launch(path)
     return launch, RunConfig.parse({**run_config, **launch.settings})
 
 

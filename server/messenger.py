@@ -1,6 +1,8 @@
 """Sending tasks to nodes and collecting what comes back, on any Flower Grid.
 
-Bounded in time, and patient with a SuperLink that answers HTTP 500 under load or is restarting.
+Bounded in time, and patient with a SuperLink that answers HTTP 500 under load or is restarting. What a
+SuperNode has taken in is lost when it dies, and Flower tells nobody: a node that was gone and is there
+again is reported, so that it can be asked once more.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
@@ -23,65 +26,154 @@ logger = logging.getLogger(__name__)
 _MESSAGE_TYPES = {"describe": MessageType.QUERY, "train": MessageType.TRAIN}
 _POLL_S = 0.25
 _MAX_POLL_S = 2.0
+# A SuperNode takes a few seconds from its start to its first question: shorter gaps are none.
+_LOOK_AT_NODES_S = 3.0
 _T = TypeVar("_T")
 
 
-class Messenger:
-    """One coordinator's line to its nodes."""
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A task that a node was sent. until_s: when Flower forgets it (time.monotonic)."""
 
-    def __init__(self, grid: Grid, *, patience_s: float = 90.0) -> None:
+    node_id: int
+    task: Task
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a task that was sent: a message, or None when its node was gone and came back."""
+
+    sent: Sent
+    message: Message | None
+
+
+def _ignore(sent: Sent) -> None:
+    pass
+
+
+class Messenger:
+    """One coordinator's line to its nodes.
+
+    patience_s: how long the SuperLink may be away. on_late: is told of every reply that came when nobody
+    waited for it any more.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        patience_s: float = 90.0,
+        on_late: Callable[[Sent], None] = _ignore,
+    ) -> None:
         self._grid = grid
         self._patience_s = patience_s
+        self._on_late = on_late
+        # By Flower's message id.
+        self._waiting: dict[str, Sent] = {}
+        self._given_up: dict[str, Sent] = {}
 
     def node_ids(self) -> list[int]:
         """Return the nodes that are connected now, sorted."""
         return self._patiently(lambda: sorted(self._grid.get_node_ids()))
 
-    def exchange(
-        self,
-        tasks: Mapping[int, tuple[Task, Envelope]],
-        *,
-        deadline_s: float,
-        stop_at: Callable[[], float] = lambda: math.inf,
-    ) -> Iterator[tuple[int, Message]]:
-        """Send one task to each node and yield (node, reply) as they come, until the deadline.
+    def send(self, tasks: Mapping[int, tuple[Task, Envelope]], *, ttl_s: float) -> list[Sent]:
+        """Send one task to each node; `answers` then brings what becomes of them.
 
-        tasks: node id -> the task and its sealed envelope. Each node yields at most once; a caller
-        that stops early loses nothing but the replies it did not take.
-        stop_at: an earlier end (time.monotonic) that the caller may set while it waits.
+        tasks: node id -> the task and its sealed envelope. ttl_s: how long Flower keeps a message.
+        Returns those that Flower took; a node that it cannot reach is left out.
         """
-        deadline = time.monotonic() + deadline_s
         messages = [
             Message(
                 content=to_records(envelope),
                 dst_node_id=node,
                 message_type=_MESSAGE_TYPES[task.kind],
                 group_id=str(task.server_round),
-                ttl=deadline_s + 60,
+                ttl=ttl_s,
             )
             for node, (task, envelope) in tasks.items()
         ]
         if not messages:
-            return
+            return []
         ids = self._patiently(lambda: list(self._grid.push_messages(messages)))
-        waiting = dict(zip(ids, tasks, strict=True))
-        waiting.pop("", None)
-        pause_s = _POLL_S
-        while waiting:
-            arrived = self._pull(waiting)
-            for message in arrived:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, message
-            left_s = min(deadline, stop_at()) - time.monotonic()
-            if not waiting or left_s <= 0:
-                return
-            pause_s = _POLL_S if arrived else min(pause_s * 1.5, _MAX_POLL_S)
-            if not arrived:
-                time.sleep(min(pause_s, left_s))
+        until_s = time.monotonic() + ttl_s
+        taken = {
+            message_id: Sent(node, task, until_s)
+            for message_id, (node, (task, _)) in zip(ids, tasks.items(), strict=True)
+            if message_id
+        }
+        self._waiting.update(taken)
+        return list(taken.values())
 
-    def _pull(self, waiting: Iterable[str]) -> list[Message]:
-        ids = list(waiting)
+    def answers(
+        self, *, deadline_s: float, stop_at: Callable[[], float] = lambda: math.inf
+    ) -> Iterator[Answer]:
+        """Yield what becomes of the tasks that were sent, until none is left or the deadline.
+
+        The caller may send more meanwhile, and `forget` some. A message is yielded once; that a node was
+        gone is yielded each time, and its message still counts if it comes after all.
+        deadline_s: from now. stop_at: an earlier end (time.monotonic) that the caller may set while it
+        waits. What is not answered then is given up: should it come later, `on_late` hears of it.
+        """
+        deadline = time.monotonic() + deadline_s
+        gone: set[int] = set()
+        look_at_s, pause_s = time.monotonic() + _LOOK_AT_NODES_S, _POLL_S
+        try:
+            while self._waiting:
+                arrived = self._pull()
+                yield from self._take(arrived)
+                left_s = min(deadline, stop_at()) - time.monotonic()
+                if not self._waiting or left_s <= 0:
+                    return
+                if time.monotonic() >= look_at_s:
+                    yield from self._returned(gone)
+                    look_at_s = time.monotonic() + _LOOK_AT_NODES_S
+                pause_s = _POLL_S if arrived else min(pause_s * 1.5, _MAX_POLL_S)
+                if not arrived:
+                    time.sleep(max(0.0, min(pause_s, left_s)))
+        finally:
+            self._given_up.update(self._waiting)
+            self._waiting.clear()
+
+    def forget(self, node_id: int) -> None:
+        """Wait no longer for what a node was sent."""
+        for message_id, sent in list(self._waiting.items()):
+            if sent.node_id == node_id:
+                self._given_up[message_id] = self._waiting.pop(message_id)
+
+    def _take(self, arrived: Iterable[Message]) -> Iterator[Answer]:
+        for message in arrived:
+            message_id = message.metadata.reply_to_message_id
+            sent = self._waiting.pop(message_id, None)
+            if sent is not None:
+                yield Answer(sent, message)
+                continue
+            late = self._given_up.pop(message_id, None)
+            # Flower's own word that nothing came is no reply.
+            if late is not None and message.has_content():
+                self._on_late(late)
+
+    def _returned(self, gone: set[int]) -> Iterator[Answer]:
+        """Yield what was sent to nodes that are there again; note in `gone` those that are not."""
+        online = set(self.node_ids())
+        for sent in list(self._waiting.values()):
+            if sent.node_id not in online:
+                if sent.node_id not in gone:
+                    logger.warning("%s is not connected", sent.task.site or f"node {sent.node_id}")
+                gone.add(sent.node_id)
+        for node in sorted(gone & online):
+            gone.discard(node)
+            waiting = [sent for sent in self._waiting.values() if sent.node_id == node]
+            if waiting:
+                yield Answer(waiting[-1], None)
+
+    def _pull(self) -> list[Message]:
+        """Return what has come, also of what was given up: the SuperLink keeps it until it is pulled."""
+        now_s = time.monotonic()
+        for message_id, sent in list(self._given_up.items()):
+            if now_s > sent.until_s:
+                del self._given_up[message_id]
+        ids = [*self._waiting, *self._given_up]
         return self._patiently(lambda: list(self._grid.pull_messages(ids)))
 
     def _patiently(self, call: Callable[[], _T]) -> _T:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common.canonical import canonical_json
 from common.errors import ConfigError
 from common.files import write_atomically
 
@@ -37,6 +39,11 @@ class Roster(Mapping[str, RosterEntry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of all entries."""
+        content = [asdict(entry) for entry in self.values()]
+        return hashlib.sha256(canonical_json(content)).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the roster as JSON."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from common.adapter import AdapterShape, AdapterState
+from common.audit_log import read_audit_log
 from common.canonical import canonical_json
 from common.config import RunConfig
-from common.errors import ConsiliumError
+from common.errors import CheckpointError, ConsiliumError, DiskError
+from common.files import is_disk_full
 from common.metrics import LanguageMetrics
 from common.model import (
     BaseModel,
@@ -30,15 +31,22 @@ from common.prompts import Examples, resolve_template
 from common.signing import SigningKey
 from server.aggregation import METHODS, SiteUpdate
 from server.audit import CoordinatorAudit
-from server.checkpoint import Checkpoint, load_latest, save_checkpoint
+from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
 from server.evaluation import evaluate, load_central_examples
+from server.exclusions import Exclusions
 from server.export import export_adapter
 from server.history import History, Listener
-from server.messenger import Messenger
 from server.roster import Roster
 from server.rounds import Federation, RoundReplies
 from server.run_context import RunContext
 from server.run_folder import RunFolder
+from server.summary import (
+    Summary,
+    add_round,
+    evaluations_since_best,
+    new_summary,
+    round_entry,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,29 +99,57 @@ def prepare_run(
 
 def run_federation(
     grid: Grid, plan: RunPlan, *, listener: Listener = lambda event: None
-) -> dict[str, Any]:
+) -> Summary:
     """Run every round that is left and return what summary.json then holds.
 
     listener: is told every event of history.jsonl.
-    Raises ConsiliumError, with the reason in the history and everything saved so far intact.
+    Raises ConsiliumError, with the reason in the history and everything saved so far intact:
+    CheckpointError at once, and without a word in the history, while another process runs this run.
     """
-    history = History(plan.folder.history, listener=listener)
+    with plan.folder.held():
+        history = History(plan.folder.history, listener=listener)
+        try:
+            return _run(grid, plan, history)
+        except ConsiliumError as error:
+            _note_stop(plan, history, error.code, str(error))
+            raise
+        except Exception as error:
+            if is_disk_full(error):
+                full = DiskError(
+                    f"the disk of {plan.folder.path} is full ({error}); free some space and continue with "
+                    "--resume: every round that was merged is safe"
+                )
+                _note_stop(plan, history, full.code, str(full))
+                raise full from error
+            _note_stop(plan, history, "internal", f"{type(error).__name__}: {error}")
+            raise
+
+
+def _note_stop(plan: RunPlan, history: History, code: str, message: str) -> None:
     try:
-        return _run(grid, plan, history)
-    except ConsiliumError as error:
-        history.record("stopped", code=error.code, message=str(error))
-        plan.audit.note("stopped", run=plan.folder.run_uid, code=error.code)
-        raise
-    except Exception as error:
-        history.record("stopped", code="internal", message=f"{type(error).__name__}: {error}")
-        plan.audit.note("stopped", run=plan.folder.run_uid, code="internal")
-        raise
+        history.record("stopped", code=code, message=message)
+        plan.audit.note("stopped", run=plan.folder.run_uid, code=code)
+    except (OSError, ConsiliumError) as error:
+        # Why it stopped matters more than that it cannot be written down.
+        logger.error(
+            "the run stopped (%s: %s), and its trail ends before that: %s", code, message, error
+        )
 
 
-def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
+def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     started = time.monotonic()
     config, folder = plan.config, plan.folder
     base, shape, examples = plan.prepared.base, plan.prepared.shape, plan.prepared.examples
+    context = RunContext(
+        uid=folder.run_uid,
+        config=config,
+        key=plan.key,
+        roster=plan.roster,
+        base_digest=base.digest,
+        history=history,
+        audit=plan.audit,
+        exclusions=Exclusions(folder.exclusions),
+    )
 
     def measure(adapter: AdapterState | None) -> LanguageMetrics | None:
         if examples is None:
@@ -126,10 +162,11 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
             batch_size=config.evaluation.batch_size,
         )
 
-    checkpoint = load_latest(folder.checkpoints, shape=shape) if plan.resume else None
+    checkpoint = _checkpoint_to_continue(plan, history)
     if checkpoint is not None:
-        progress = checkpoint.progress
+        summary = checkpoint.progress
         current, done = checkpoint.adapter, checkpoint.server_round
+        _complete_trail(plan, history, checkpoint)
         history.record("resumed", round=done, rounds=config.train.rounds)
         _note_start("resumed", plan, current, done=done)
     else:
@@ -138,21 +175,14 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
         history.record(
             "run-started", run=folder.run_uid, rounds=config.train.rounds, base=base.digest
         )
-        progress = _new_progress(folder.run_uid, config, measure(None))
-        history.record("base", **progress["central"]["base"])
-    wall_before_s = float(progress["wall_s"])
+        summary = new_summary(folder.run_uid, config, measure(None))
+        history.record("base", **summary["central"]["base"])
+    wall_before_s = float(summary["wall_s"])
 
-    context = RunContext(
-        uid=folder.run_uid,
-        config=config,
-        key=plan.key,
-        roster=plan.roster,
-        base_digest=base.digest,
-        history=history,
-        audit=plan.audit,
-    )
-    federation = Federation(Messenger(grid), context, shape=shape)
+    federation = Federation(grid, context, shape=shape)
     for server_round in range(done + 1, config.train.rounds + 1):
+        if _is_over(summary, config):
+            break
         replies = federation.run_round(current, server_round=server_round)
         merge_started = time.monotonic()
         merged = METHODS[config.aggregation.method](current, _site_updates(replies, plan))
@@ -162,7 +192,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
         last = server_round == config.train.rounds
         due = last or server_round % config.evaluation.every == 0
         metrics = measure(current) if due else None
-        entry = _round_entry(
+        entry = round_entry(
             server_round,
             replies,
             metrics,
@@ -170,35 +200,69 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> dict[str, Any]:
             merge_s=merge_s,
             evaluate_s=time.monotonic() - evaluate_started,
         )
-        _add_round(progress, entry, replies, metrics)
-        progress["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
+        add_round(summary, entry, replies, metrics)
+        summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
         save_checkpoint(
             folder.checkpoints,
-            Checkpoint(server_round, current, progress),
+            Checkpoint(server_round, current, summary, folder.run_uid, plan.roster.digest()),
             keep=config.checkpoint.keep,
+            best=None if summary["best"] is None else summary["best"]["round"],
         )
-        plan.audit.note(
-            "merged",
-            run=folder.run_uid,
-            round=server_round,
-            sites=[update.site for update in replies.updates],
-            adapter=current.digest(),
-        )
-        history.record("round", **entry, privacy=progress["privacy"])
+        _note_merged(plan, current, entry)
+        history.record("round", **entry, privacy=summary["privacy"])
         # Else a round's replies would stay in memory beside the next one's.
         del replies, merged
-
-    export_adapter(
-        current,
-        folder.adapter,
-        lora=config.lora,
-        base_name=config.model.name,
-    )
-    progress["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
-    folder.write_summary(progress)
+    if _is_over(summary, config):
+        summary["stopped_early"] = len(summary["rounds"]) < config.train.rounds
+        history.record("early-stop", best=summary["best"])
+    exported = _adapter_to_export(summary, current, plan)
+    export_adapter(exported, folder.adapter, lora=config.lora, base_name=config.model.name)
+    summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
+    folder.write_summary(summary)
     history.record("finished", folder=str(folder.path))
-    plan.audit.note("finished", run=folder.run_uid, adapter=current.digest())
-    return progress
+    plan.audit.note("finished", run=folder.run_uid, adapter=exported.digest())
+    return summary
+
+
+def _checkpoint_to_continue(plan: RunPlan, history: History) -> Checkpoint | None:
+    """Return the newest whole checkpoint of this very run, None where it begins."""
+    folder = plan.folder
+    if not plan.resume:
+        return None
+    checkpoint = load_latest(folder.checkpoints, shape=plan.prepared.shape)
+    if checkpoint is None:
+        return None
+    if checkpoint.run_uid != folder.run_uid:
+        raise CheckpointError(
+            f"the checkpoints in {folder.checkpoints} are of run {checkpoint.run_uid!r}, and {folder.path} "
+            f"holds run {folder.run_uid!r}; put the right ones there, or start again with --force"
+        )
+    roster = plan.roster.digest()
+    if roster != checkpoint.roster:
+        # Sites may join, leave and change their keys; that they did is on record.
+        change = {"before": checkpoint.roster, "now": roster, "sites": sorted(plan.roster)}
+        history.record("roster-changed", **change)
+        plan.audit.note("roster-changed", run=folder.run_uid, **change)
+    return checkpoint
+
+
+def _is_over(summary: Summary, config: RunConfig) -> bool:
+    """Whether the central loss has not come down for evaluation.patience evaluations."""
+    patience = config.evaluation.patience
+    return bool(patience) and evaluations_since_best(summary) >= patience
+
+
+def _adapter_to_export(summary: Summary, current: AdapterState, plan: RunPlan) -> AdapterState:
+    """Return the adapter of the last round, or of the best one where the run asks for it."""
+    last = summary["rounds"][-1]["round"] if summary["rounds"] else 0
+    best = summary["best"]
+    if plan.config.export.round == "last" or best is None or best["round"] == last:
+        summary["exported_round"] = last
+        return current
+    summary["exported_round"] = best["round"]
+    summary["central"]["final"] = {key: best[key] for key in best if key != "round"}
+    kept = load_round(plan.folder.checkpoints, best["round"], shape=plan.prepared.shape)
+    return kept.adapter
 
 
 def _note_start(event: str, plan: RunPlan, current: AdapterState, *, done: int) -> None:
@@ -212,6 +276,30 @@ def _note_start(event: str, plan: RunPlan, current: AdapterState, *, done: int) 
     )
 
 
+def _note_merged(plan: RunPlan, merged: AdapterState, entry: Mapping[str, Any]) -> None:
+    plan.audit.note(
+        "merged",
+        run=plan.folder.run_uid,
+        round=entry["round"],
+        sites=entry["sites"],
+        adapter=merged.digest(),
+    )
+
+
+def _complete_trail(plan: RunPlan, history: History, checkpoint: Checkpoint) -> None:
+    """Write down the round of a checkpoint whose process died before it could: it counts."""
+    entry = checkpoint.progress["rounds"][-1]
+    if not any(
+        line.event == "merged"
+        and (line.fields["run"], line.fields["round"]) == (plan.folder.run_uid, entry["round"])
+        for line in read_audit_log(plan.audit.path)
+    ):
+        _note_merged(plan, checkpoint.adapter, entry)
+    told = (event for event in history.events() if event["event"] == "round")
+    if entry["round"] not in {event["round"] for event in told}:
+        history.record("round", **entry, privacy=checkpoint.progress["privacy"])
+
+
 def _site_updates(replies: RoundReplies, plan: RunPlan) -> list[SiteUpdate]:
     by_size = plan.config.aggregation.weighting == "declared-size"
     return [
@@ -223,66 +311,3 @@ def _site_updates(replies: RoundReplies, plan: RunPlan) -> list[SiteUpdate]:
         )
         for update in replies.updates
     ]
-
-
-def _new_progress(run_uid: str, config: RunConfig, base: LanguageMetrics | None) -> dict[str, Any]:
-    return {
-        "run": run_uid,
-        "rounds_planned": config.train.rounds,
-        "method": config.aggregation.method,
-        "sites": [],
-        "wall_s": 0.0,
-        "bytes_up": 0,
-        "bytes_down": 0,
-        "central": {"base": asdict(base) if base else {}, "final": {}},
-        "rounds": [],
-        "privacy": {},
-    }
-
-
-def _round_entry(
-    server_round: int,
-    replies: RoundReplies,
-    metrics: LanguageMetrics | None,
-    *,
-    discarded_energy: float,
-    merge_s: float,
-    evaluate_s: float,
-) -> dict[str, Any]:
-    reported = [update.numbers.get("train-seconds", 0.0) for update in replies.updates]
-    train_s = min(max(reported, default=0.0), replies.seconds)
-    return {
-        "round": server_round,
-        "loss": metrics.loss if metrics else None,
-        "replies": len(replies.updates),
-        "sites": [update.site for update in replies.updates],
-        "refused": dict(replies.refused),
-        "attempts": replies.attempts,
-        "discarded_energy": discarded_energy,
-        "bytes_up": replies.bytes_up,
-        "bytes_down": replies.bytes_down,
-        "seconds": {
-            "train": round(train_s, 3),
-            "wait": round(replies.seconds - train_s, 3),
-            "merge": round(merge_s, 3),
-            "evaluate": round(evaluate_s, 3),
-        },
-    }
-
-
-def _add_round(
-    progress: dict[str, Any],
-    entry: dict[str, Any],
-    replies: RoundReplies,
-    metrics: LanguageMetrics | None,
-) -> None:
-    progress["rounds"].append(entry)
-    progress["sites"] = sorted({*progress["sites"], *entry["sites"]})
-    progress["bytes_up"] += replies.bytes_up
-    progress["bytes_down"] += replies.bytes_down
-    if metrics is not None:
-        progress["central"]["final"] = asdict(metrics)
-    for update in replies.updates:
-        row = asdict(update.privacy)
-        row["epsilon"] = None if math.isinf(row["epsilon"]) else row["epsilon"]
-        progress["privacy"][update.site] = row

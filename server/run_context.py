@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from common.config import RunConfig
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
+from server.exclusions import Exclusions
 from server.history import History
 from server.roster import Roster
 
@@ -15,7 +16,8 @@ from server.roster import Roster
 class RunContext:
     """One run. uid: the same after a resume. key: signs its tasks. base_digest: of its base model.
 
-    history, audit: where what happens is written, for people and as evidence.
+    history, audit: where what happens is written, for people and as evidence. exclusions: the sites that
+    the coordinator has shut out of this run, read anew whenever they matter.
     """
 
     uid: str
@@ -25,3 +27,4 @@ class RunContext:
     base_digest: str
     history: History
     audit: CoordinatorAudit
+    exclusions: Exclusions

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ import tomli_w
 from common.config import RunConfig, flatten, read_toml
 from common.errors import CheckpointError
 from common.files import write_atomically
+from common.locks import LockHeldError, hold_lock
+from server.exclusions import EXCLUSIONS_FILE
 
-_OWN = ("run.toml", "history.jsonl", "checkpoints", "adapter", "summary.json")
+_OWN = ("run.toml", "history.jsonl", "checkpoints", "adapter", "summary.json", EXCLUSIONS_FILE)
+_LOCK_FILE = ".lock"
 # May differ between a run and its resumption.
 # All that a site is sent stays: a changed task would be a new one, trained and charged again.
 _MAY_CHANGE = ("federation.", "evaluation.", "checkpoint.", "export.")
@@ -51,9 +56,31 @@ class RunFolder:
         """The run in numbers."""
         return self.path / "summary.json"
 
+    @property
+    def exclusions(self) -> Path:
+        """The sites that the coordinator has shut out."""
+        return self.path / EXCLUSIONS_FILE
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only process that runs this run. Raises CheckpointError while another one does."""
+        try:
+            with hold_lock(run_lock(self.path)):
+                yield
+        except LockHeldError as error:
+            raise CheckpointError(
+                f"process {error.pid} runs the run in {self.path}; wait for its end, or stop it, and "
+                "begin again"
+            ) from None
+
     def write_summary(self, content: dict[str, Any]) -> None:
         """Write summary.json atomically."""
         write_atomically(self.summary, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def run_lock(path: Path) -> Path:
+    """Return the file whose lock a process holds for as long as it runs the run in a folder."""
+    return path / _LOCK_FILE
 
 
 def open_run_folder(

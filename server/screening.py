@@ -29,10 +29,21 @@ FINAL_REFUSALS = frozenset(
         "egress",
         "restored",
         "training",
+        "overtaken",
     )
-)
+) | {"excluded"}
 # What a site says until its hospital has approved the run: it is asked again later.
 AWAITS_APPROVAL = "site-approval"
+
+# What the coordinator can do about a code, where the code alone does not say it.
+_MEANINGS = {
+    "expired": (
+        " (its clock and this machine's differ by more than the time it was given, or it needs longer: "
+        "set both clocks, or raise federation.deadline-s)"
+    ),
+    "overtaken": " (it has begun a later round of this run since)",
+    "disk": " (its disk is full; it goes on when it is asked after space was made)",
+}
 
 # Far above any adapter that was trained, far enough below float32's 3e38 that sums stay finite.
 _MAX_PRODUCT_NORM = 1e30
@@ -82,10 +93,11 @@ def screen_reply(reply: Reply) -> None:
     does not say where its ledger and audit log stand: a restore from backup would go unseen.
     """
     if reply.error_code:
+        meaning = _MEANINGS.get(reply.error_code, "")
         raise ScreeningError(
             f"site-{reply.error_code}",
-            f"{reply.site} answered with error code {reply.error_code!r}; ask the site for log entry "
-            f"{reply.correlation_id}",
+            f"{reply.site} answered with error code {reply.error_code!r}{meaning}; ask the site for log "
+            f"entry {reply.correlation_id}",
         )
     if reply.heads is None:
         raise ScreeningError(

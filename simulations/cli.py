@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,8 +14,9 @@ from common.cli import console
 from common.config import flatten, load_run_config, read_toml
 from common.errors import EngineError, QuorumError
 from server.history import Listener
+from server.progress import RunProgress
+from server.summary_text import summary_sentences
 from simulations.compare import Arm, Comparison, comparison_table, run_comparison
-from simulations.progress import RunProgress
 from simulations.run import EngineName, Simulation, run_simulation
 from simulations.scenario import (
     OwnData,
@@ -106,7 +106,8 @@ def run(
     )
     with _saved_on_interrupt(out), _progress(name, len(sources)) as listener:
         summary = run_simulation(simulation, listener=listener)
-    _print_summary(summary)
+    for sentence in summary_sentences(summary):
+        console.print(sentence)
     console.print(
         f"Wrote {out}: adapter/, summary.json, history.jsonl, checkpoints/", soft_wrap=True
     )
@@ -216,30 +217,3 @@ def _saved_on_interrupt(out: Path) -> Iterator[None]:
         if rounds:
             console.print(f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume")
         raise
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    central, rounds = summary["central"], summary["rounds"]
-    if central["final"]:
-        base, final = central["base"]["loss"], central["final"]["loss"]
-        console.print(
-            f"Central loss {base:.3f} -> {final:.3f} ({final / base - 1:+.0%}), perplexity "
-            f"{central['base']['perplexity']:.1f} -> {central['final']['perplexity']:.1f}"
-        )
-    epsilons = {
-        site: row["epsilon"]
-        for site, row in summary["privacy"].items()
-        if row["epsilon"] is not None
-    }
-    if epsilons:
-        delta = next(iter(summary["privacy"].values()))["delta"]
-        worst = max(epsilons.values(), default=math.inf)
-        console.print(
-            f"Epsilon at most {worst:.2f} at delta {delta:g}, at each of {len(epsilons)} sites"
-        )
-    else:
-        console.print("Trained without differential privacy")
-    console.print(
-        f"{len(rounds)} rounds, {len(summary['sites'])} sites, {summary['wall_s']:.0f} s, "
-        f"{summary['bytes_up'] / 1e6:.2f} MB up, {summary['bytes_down'] / 1e6:.2f} MB down"
-    )

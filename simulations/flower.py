@@ -6,25 +6,22 @@ processes are gone when it returns, however it returns.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import tomli_w
 
 from common.errors import EngineError
-from simulations.process_guard import guarded_processes
+from common.flower_process import find_command, flower_environment, free_port
+from common.process_guard import guarded_processes
+from server.flower_control import ControlError, FlowerControl
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +101,16 @@ def run_on_flower(
     engine.run_log.unlink(missing_ok=True)
     with _ray_folder() as ray_dir, guarded_processes(engine.superlink_log, ray_dir) as guard:
         env = {**_child_environment(engine, environment, ray_dir), **guard.mark}
-        superlink, port = _start_superlink(engine, env)
+        control = FlowerControl(
+            engine.state_dir, _CONNECTION, env, timeout_s=engine.startup_timeout_s
+        )
+        superlink, port = _start_superlink(engine, control)
         guard.started.append(superlink)
         _wait_for_answer(engine, superlink, port)
-        run_id = _submit(engine, env, superlink, run_config)
+        run_id = _submit(engine, control, superlink, run_config)
         logger.info("run %s submitted to Flower's engine, %d sites", run_id, engine.num_sites)
-        status, details = _wait(engine, env, superlink, run_id, on_poll)
-        _save_run_log(engine, env, run_id)
+        status, details = _wait(engine, control, superlink, run_id, on_poll)
+        control.save_log(run_id, engine.run_log)
     on_poll()
     if status != "finished:completed":
         raise EngineError(
@@ -135,32 +135,20 @@ def _child_environment(
     engine: FlowerEngine, environment: Mapping[str, str], ray_dir: Path
 ) -> dict[str, str]:
     """Merge what is inherited, what the caller wants and what the engine relies on."""
-    env = {**os.environ, **environment}
+    changes = {**environment, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(ray_dir)}
+    env = flower_environment(engine.state_dir, **changes)
     env.pop("RAY_ADDRESS", None)  # else ray.init joins that cluster and refuses num_cpus
-    bin_dir = Path(sys.executable).parent  # Flower looks its commands up by bare name
-    return {
-        **env,
-        "PATH": os.pathsep.join([str(bin_dir), env.get("PATH", os.defpath)]),
-        "FLWR_HOME": str(engine.state_dir),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(ray_dir),
-    }
+    return env
 
 
 def _start_superlink(
-    engine: FlowerEngine, env: Mapping[str, str]
+    engine: FlowerEngine, control: FlowerControl
 ) -> tuple[subprocess.Popen[bytes], int]:
     """Start a SuperLink on a free loopback port; return it and the port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
-    (engine.state_dir / "config.toml").write_text(
-        tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
-    )
-    command = [_find(env, "flower-superlink"), "--simulation", "--insecure"]
+    port = free_port()
+    control.connect(f"127.0.0.1:{port}", root_certificates=None)
+    env = control.environment
+    command = [find_command(env, "flower-superlink"), "--simulation", "--insecure"]
     command += ["--disable-runtime-dependency-installation"]
     command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
     with engine.superlink_log.open("ab") as log:
@@ -200,7 +188,7 @@ def _require_alive(engine: FlowerEngine, superlink: subprocess.Popen[bytes]) -> 
 
 def _submit(
     engine: FlowerEngine,
-    env: Mapping[str, str],
+    control: FlowerControl,
     superlink: subprocess.Popen[bytes],
     run_config: Mapping[str, str | int | float | bool],
 ) -> str:
@@ -213,116 +201,53 @@ def _submit(
         f"client-resources-num-gpus={engine.gpus_per_site:.6f} "
         f"init-args-num-cpus={engine.num_cpus} init-args-num-gpus={engine.num_gpus}"
     )
-    command = ["run", str(engine.app_dir), _CONNECTION, "--run-config", str(overrides)]
-    command += ["--format", "json", "--federation-config", federation]
-    with _flwr(engine, env, command) as query:
-        try:
-            output, _ = query.communicate(timeout=engine.startup_timeout_s)
-        except subprocess.TimeoutExpired:
-            query.kill()
-            raise EngineError(
-                f"flwr run gave no answer within {engine.startup_timeout_s:g} s; "
-                f"raise startup_timeout_s or read {engine.superlink_log}"
-            ) from None
-    answer = _parse_answer(output)
-    if answer.get("success") is not True or not answer.get("run-id"):
+    try:
+        return control.submit(engine.app_dir, overrides, federation=federation)
+    except ControlError as error:
         _require_alive(engine, superlink)
-        # Flower puts its warnings in front, in a paragraph of their own.
-        reason = str(answer.get("error-message", output)).strip().rsplit("\n\n", 1)[-1]
         raise EngineError(
-            f"Flower refused the run: {reason}; correct {overrides} or the app in {engine.app_dir}"
-        )
-    return str(answer["run-id"])
+            f"Flower refused the run: {error}; correct {overrides} or the app in {engine.app_dir}, or "
+            f"read {engine.superlink_log}"
+        ) from None
 
 
 def _wait(
     engine: FlowerEngine,
-    env: Mapping[str, str],
+    control: FlowerControl,
     superlink: subprocess.Popen[bytes],
     run_id: str,
     on_poll: Callable[[], None],
 ) -> tuple[str, str]:
     """Return the run's final status and its details, calling on_poll all the while."""
+
+    def poll() -> None:
+        on_poll()
+        _require_alive(engine, superlink)
+        time.sleep(engine.poll_interval_s)
+
     submitted = time.monotonic()
     failures = 0
+    asking = replace(control, timeout_s=_MAX_STATUS_S, on_wait=poll)
     while True:
         asked = time.monotonic()
-        with _flwr(
-            engine, env, ["ls", _CONNECTION, "--run-id", run_id, "--format", "json"]
-        ) as query:
-            while query.poll() is None or time.monotonic() < asked + engine.status_interval_s:
-                on_poll()
-                _require_alive(engine, superlink)
-                if time.monotonic() > asked + _MAX_STATUS_S:
-                    query.kill()
-                time.sleep(engine.poll_interval_s)
-            answer = _parse_answer(query.communicate()[0])
-        runs = answer.get("runs")
-        if not runs:
+        try:
+            status, details = asking.status(run_id)
+        except ControlError as error:
             failures += 1
-            logger.warning("flwr ls failed %d times: %s", failures, answer.get("error-message"))
+            logger.warning("flwr ls failed %d times: %s", failures, error)
             if failures >= _MAX_STATUS_FAILURES:
                 raise EngineError(
                     f"flwr ls did not tell the state of run {run_id} {failures} times in a row "
-                    f"({answer.get('error-message', 'no answer')}); read {engine.superlink_log}"
+                    f"({error}); read {engine.superlink_log}"
+                ) from None
+        else:
+            failures = 0
+            if status.startswith("finished"):
+                return status, details
+            if status != "running" and time.monotonic() > submitted + engine.startup_timeout_s:
+                raise EngineError(
+                    f"Flower's run {run_id} is still {status!r} after {engine.startup_timeout_s:g} s; "
+                    f"raise startup_timeout_s or read {engine.superlink_log}"
                 )
-            continue
-        failures = 0
-        status = str(runs[0]["status"])
-        if status.startswith("finished"):
-            return status, str(runs[0].get("status-details", "no details"))
-        if status != "running" and time.monotonic() > submitted + engine.startup_timeout_s:
-            raise EngineError(
-                f"Flower's run {run_id} is still {status!r} after {engine.startup_timeout_s:g} s; "
-                f"raise startup_timeout_s or read {engine.superlink_log}"
-            )
-
-
-def _save_run_log(engine: FlowerEngine, env: Mapping[str, str], run_id: str) -> None:
-    """Fetch what the apps printed: Flower sends it to the SuperLink's state and nowhere else."""
-    with (
-        engine.run_log.open("wb") as log,
-        _flwr(engine, env, ["log", run_id, _CONNECTION, "--show"], stdout=log) as query,
-    ):
-        try:
-            query.wait(timeout=_MAX_STATUS_S)
-        except subprocess.TimeoutExpired:
-            query.kill()
-            logger.warning("flwr log gave no answer; %s may be incomplete", engine.run_log)
-
-
-def _find(env: Mapping[str, str], name: str) -> str:
-    executable = shutil.which(name, path=env["PATH"])
-    if executable is None:
-        raise EngineError(f"{name} is not on PATH {env['PATH']!r}; install flwr[simulation]")
-    return executable
-
-
-def _flwr(
-    engine: FlowerEngine,
-    env: Mapping[str, str],
-    arguments: list[str],
-    *,
-    stdout: IO[bytes] | int = subprocess.PIPE,
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [_find(env, "flwr"), *arguments],
-        env=env,
-        cwd=engine.state_dir,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
-
-
-def _parse_answer(output: str) -> dict[str, Any]:
-    """Flower's JSON answer; it exits 0 for a refusal too, so `success` is all there is to go by."""
-    try:
-        answer = json.loads(output)
-    except json.JSONDecodeError:
-        return {"error-message": output.strip()[-2000:] or "no output"}
-    return answer if isinstance(answer, dict) else {}
+        while time.monotonic() < asked + engine.status_interval_s:
+            poll()

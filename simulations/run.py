@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,25 +12,22 @@ from typing import Any, Literal
 import client.app
 from client.app import SITES_VARIABLE
 from common.config import RunConfig
-from common.errors import CheckpointError, ConfigError, ConsiliumError, EngineError
-from common.model import choose_device, digest_model, release_base, resolve_model
-from common.privacy import calibrate_noise, public_sample_rate
+from common.errors import CheckpointError, ConfigError, EngineError
+from common.model import choose_device, release_base
 from common.signing import SigningKey, load_or_generate
+from server import run_check
 from server.audit import KEY_FILE, CoordinatorAudit
-from server.evaluation import central_files
 from server.history import Listener, read_events
-from server.launch import LAUNCH_VARIABLE, Launch, split_settings
-from server.run import PreparedRun, RunPlan, prepare_run, run_federation
+from server.launch import APP_DIR, LAUNCH_VARIABLE, Launch, split_settings
+from server.run import RunPlan, run_federation
+from server.run_check import BaseModelFolder, CheckedRun, Problems, check_noise, check_run
 from server.run_folder import RunFolder, open_run_folder
 from simulations.embedded import embedded_model_dir
 from simulations.flower import FlowerEngine, run_on_flower
 from simulations.inline import InlineGrid
-from simulations.sites import BaseModelFolder, SourceSite, declared_size, plan_sites, write_sites
+from simulations.sites import SourceSite, declared_size, plan_sites, write_sites
 
 EngineName = Literal["inline", "flower"]
-
-# The app bundle: the folder whose pyproject.toml describes it.
-APP_DIR = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +46,6 @@ class Simulation:
     resume: bool = False
     force: bool = False
     num_cpus: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedSimulation:
-    """What a check of a simulation found: model.name is a plain name now, the rest is loaded."""
-
-    config: RunConfig
-    model: BaseModelFolder
-    central_files: tuple[Path, ...]
-    prepared: PreparedRun
 
 
 def run_simulation(
@@ -119,87 +105,49 @@ def run_simulation(
     return _run_flower(simulation, folder, home, {**shared, "run.uid": folder.run_uid}, listener)
 
 
-def check_simulation(simulation: Simulation) -> CheckedSimulation:
+def check_simulation(simulation: Simulation) -> CheckedRun:
     """Check everything that a bad setting or bad data can break; nothing is written.
 
     Raises the ConsiliumError of what is wrong, ConfigError naming it all when that is more than one.
     """
     config, sources = simulation.config, simulation.sources
-    problems: list[ConsiliumError] = []
-    files: list[Path] = []
-    checked = None
+    problems = Problems()
     if config.federation.min_sites > len(sources):
-        problems.append(
+        problems.add(
             ConfigError(
                 f"federation.min-sites = {config.federation.min_sites}, but there are "
                 f"{len(sources)} sites; lower it or add sites"
             )
         )
-    with _noting(problems):
-        named = config.evaluation.central_data
-        found = central_files(named, relative_to=simulation.base_dir)
-        files = [path.resolve() for path in found]
-    with _noting(problems):
-        plain, model = resolve_base(config, base_dir=simulation.base_dir)
-        prepared = prepare_run(plain, models={model.name: model.path}, central_files=files)
-        checked = CheckedSimulation(plain, model, tuple(files), prepared)
+    checked = check_run(
+        config, base_dir=simulation.base_dir, problems=problems, known=_known_models()
+    )
     sizes = []
     for source in sources:
-        with _noting(problems):
+        with problems.noting():
             sizes.append(declared_size(source, config=config))
     if sizes:
-        with _noting(problems):
+        with problems.noting():
             _check_training(config, smallest_size=min(sizes))
-    if len(problems) == 1:
-        raise problems[0]
-    if problems or checked is None:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{len(problems)} things are wrong:\n{listed}")
+    problems.raise_all()
+    assert checked is not None  # or problems would have said why
     return checked
 
 
-@contextmanager
-def _noting(problems: list[ConsiliumError]) -> Iterator[None]:
-    try:
-        yield
-    except ConsiliumError as error:
-        problems.append(error)
-
-
 def _check_training(config: RunConfig, *, smallest_size: int) -> None:
-    """What every site would refuse or fail at, said before there is a run.
-
-    smallest_size: of the sites; it has the highest sampling rate and needs the most noise.
-    """
+    """What every site would refuse or fail at, said before there is a run. smallest_size: of the sites."""
     if config.train.optimizer == "paged-adamw-8bit" and choose_device().type != "cuda":
         raise ConfigError("train.optimizer = 'paged-adamw-8bit' needs CUDA; use 'adamw' here")
-    if config.use_dp and config.privacy.noise_multiplier == "auto":
-        calibrate_noise(
-            target_epsilon=config.privacy.target_epsilon,
-            delta=config.privacy.target_delta,
-            sample_rate=public_sample_rate(
-                batch_size=config.train.batch_size, declared_size=smallest_size
-            ),
-            steps=config.total_steps,
-            accountant=config.privacy.accountant,
-        )
+    check_noise(config, smallest_size=smallest_size)
 
 
 def resolve_base(config: RunConfig, *, base_dir: Path) -> tuple[RunConfig, BaseModelFolder]:
-    """Return the config with model.name as a plain name, and the folder that it stands for.
+    """As server/run_check.py has it; "embedded" is the model that comes with the project."""
+    return run_check.resolve_base(config, base_dir=base_dir, known=_known_models())
 
-    "embedded" is the model that comes with the project; a path is relative to base_dir.
-    Raises ModelError when it is not a usable model folder.
-    """
-    name = config.model.name
-    known = {"embedded": embedded_model_dir()}
-    if (base_dir / name).is_dir():
-        known[name] = base_dir / name
-    path = resolve_model(config.model, known=known, hub=True)
-    plain = config.replace(
-        {"model.name": path.name if name in known and name != "embedded" else name}
-    )
-    return plain, BaseModelFolder(plain.model.name, path, digest_model(path))
+
+def _known_models() -> dict[str, Path]:
+    return {"embedded": embedded_model_dir()}
 
 
 def _run_inline(plan: RunPlan, sites: Path, listener: Listener) -> dict[str, Any]:

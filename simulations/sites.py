@@ -23,6 +23,7 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from common.signing import load_or_generate
 from server.roster import Roster, RosterEntry
+from server.run_check import BaseModelFolder
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -37,15 +38,6 @@ class SourceSite:
     name: str
     data: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModelFolder:
-    """The base model that a simulation's sites are given."""
-
-    name: str
-    path: Path
-    digest: str
 
 
 # Stands in where a site is only looked at.

@@ -22,7 +22,7 @@ import pytest
 from client.ledger import Ledger, LedgerRow
 from common.audit_log import read_audit_log, verify_audit_log
 from common.privacy import GaussianSteps
-from common.records import Reply, Task, open_reply, with_attempt
+from common.records import Reply, Task, open_reply
 from common.signing import SigningKey
 from tests.chaos.answer import PHASES, pack, unpack
 from tests.unit.hospital import Hospital, make_hospital
@@ -136,7 +136,7 @@ def _check_kill(agent: Agent, hospital: Hospital, folder: Path, *, kill: tuple[s
     assert not trained or before, f"{kill}: records were opened before they were charged"
     assert not first.exists() or before[0].state == "released", kill
     # The coordinator asks again as it would: the very same, then with another attempt and deadline.
-    again = with_attempt(task, attempt=2, expires_at=task.expires_at + 60)
+    again = replace(task, attempt=2, expires_at=task.expires_at + 60)
     assert agent.ask(hospital, task, second) == 0, f"{kill}: the next start does not work"
     assert agent.ask(hospital, again, third) == 0, f"{kill}: the next start does not work"
 

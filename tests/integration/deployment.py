@@ -9,21 +9,22 @@ with Deployment(folder, app_dir, server_environment={}) as deployment:
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import tomli_w
 
-from simulations.process_guard import guarded_processes
+from common.flower_process import flower_environment, free_port
+from common.process_guard import guarded_processes
+from server.flower_control import ControlError, FlowerControl
 from tests.integration.certificates import write_node_key, write_server_certificates
 
 _CONNECTION = "lab"
@@ -53,7 +54,7 @@ class Deployment:
     ) -> None:
         self.folder = folder.resolve()
         self.app_dir = app_dir.resolve()
-        self.port = _free_port()
+        self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._server_environment = dict(server_environment or {})
         self._startup_timeout_s = startup_timeout_s
@@ -114,8 +115,9 @@ class Deployment:
         """
         private_key, public_key = write_node_key(self.folder, name)
         if register:
-            self._flwr("supernode", "register", str(public_key), _CONNECTION)
-        port = _free_port()
+            with self._explained():
+                self._control.register_node(public_key)
+        port = free_port()
         config = " ".join(
             f"{key}={json.dumps(value)}" for key, value in (node_config or {}).items()
         )
@@ -151,29 +153,29 @@ class Deployment:
             self.wait_until_online(name)
         overrides = self.folder / "run-config.toml"
         overrides.write_text(tomli_w.dumps(dict(run_config or {})), encoding="utf-8")
-        answer = self._flwr("run", str(self.app_dir), _CONNECTION, "--run-config", str(overrides))
-        return str(answer["run-id"])
+        with self._explained():
+            return self._control.submit(self.app_dir, overrides)
 
     def status(self, run_id: str) -> tuple[str, str]:
         """Return a run's status, such as "finished:completed", and Flower's details of it."""
-        run = self._flwr("ls", _CONNECTION, "--run-id", run_id)["runs"][0]
-        return str(run["status"]), str(run["status-details"])
+        with self._explained():
+            return self._control.status(run_id)
 
     def wait(self, run_id: str, *, timeout_s: float) -> str:
         """Return the status in which the run finished.
 
         Raises DeploymentError if a process dies first or the time runs out.
-        What the ServerApp wrote is then in run-ID.log, whatever the status.
+        What the ServerApp wrote, which SuperExec hides, is then in run-ID.log, whatever the status.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self._require_alive()
             status, _ = self.status(run_id)
             if status.startswith("finished"):
-                self._save_run_log(run_id)
+                self._control.save_log(run_id, self.log_file(f"run-{run_id}"))
                 return status
             time.sleep(0.5)
-        self._save_run_log(run_id)
+        self._control.save_log(run_id, self.log_file(f"run-{run_id}"))
         raise self._error(f"run {run_id} has not finished within {timeout_s:g} s")
 
     def tails(self) -> str:
@@ -192,10 +194,10 @@ class Deployment:
         self._ca, certificate, key = write_server_certificates(self.folder)
         secret = self.folder / "superexec.secret"
         secret.write_bytes(secrets.token_bytes(32))
-        connection = {"address": f"127.0.0.1:{self.port}", "root-certificates": str(self._ca)}
-        (self.folder / "config.toml").write_text(
-            tomli_w.dumps({"superlink": {"default": _CONNECTION, _CONNECTION: connection}})
+        self._control = FlowerControl(
+            self.folder, _CONNECTION, self._environment(), timeout_s=self._startup_timeout_s
         )
+        self._control.connect(f"127.0.0.1:{self.port}", root_certificates=self._ca)
         command = ["flower-superlink", "--ssl-ca-certfile", str(self._ca)]
         command += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
         command += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
@@ -212,18 +214,9 @@ class Deployment:
         self._start("superexec", command, self._server_environment)
 
     def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join(
-            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        return flower_environment(
+            self.folder, FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.2", **self._mark
         )
-        return {
-            **os.environ,
-            "PATH": path,
-            "FLWR_HOME": str(self.folder),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
-            **self._mark,
-        }
 
     def _start(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         self._commands[name] = (command, environment)
@@ -238,38 +231,12 @@ class Deployment:
                 start_new_session=True,
             )
 
-    def _save_run_log(self, run_id: str) -> None:
-        """SuperExec hides what a ServerApp prints; Flower keeps it in the SuperLink's state."""
-        flwr = str(Path(sys.executable).parent / "flwr")
-        with self.log_file(f"run-{run_id}").open("wb") as log:
-            subprocess.run(
-                [flwr, "log", run_id, _CONNECTION, "--show"],
-                env=self._environment(),
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=self._startup_timeout_s,
-                check=False,
-            )
-
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run a flwr command; it exits 0 for a refusal too, so `success` decides."""
-        flwr = str(Path(sys.executable).parent / "flwr")
-        answer = subprocess.run(
-            [flwr, *arguments, "--format", "json"],
-            env=self._environment(),
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=self._startup_timeout_s,
-        )
-        with suppress(json.JSONDecodeError):
-            parsed = json.loads(answer.stdout)
-            if isinstance(parsed, dict) and parsed.get("success") is True:
-                return parsed
-        raise self._error(f"flwr {' '.join(arguments)} failed: {answer.stdout}{answer.stderr}")
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except ControlError as error:
+            raise self._error(str(error)) from None
 
     def _wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -286,12 +253,6 @@ class Deployment:
 
     def _error(self, message: str) -> DeploymentError:
         return DeploymentError(f"{message}\n{self.tails()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(port: int) -> bool:

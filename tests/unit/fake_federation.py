@@ -157,7 +157,7 @@ class FakeSite:
 
     def __call__(self, message: Message) -> Message | None:
         envelope = envelope_of(message)
-        task = open_task(envelope, public_keys=[self.coordinator_key], site=self.name, now_s=0.0)
+        task = open_task(envelope, public_keys=[self.coordinator_key], site=self.name)
         self.heads = SiteHeads(self.heads.ledger, link(self.heads.audit, task.canonical()))
         if task.kind == "describe":
             self.described.append(task)

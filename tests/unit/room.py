@@ -11,8 +11,8 @@ from common.audit_log import read_audit_log
 from common.config import RunConfig
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
+from server.exclusions import EXCLUSIONS_FILE, Exclusions
 from server.history import History
-from server.messenger import Messenger
 from server.roster import Roster
 from server.rounds import Federation
 from server.run_context import RunContext
@@ -52,6 +52,7 @@ class Room:
         self.grid = FakeGrid(dict(enumerate(self.sites.values(), start=2)), clock=clock)
         self.history = History(folder / "history.jsonl")
         self.audit = CoordinatorAudit(folder / "coordinator", KEY)
+        self.exclusions = Exclusions(folder / EXCLUSIONS_FILE)
         self.federation = self.open()
 
     def open(self, roster: Roster | None = None) -> Federation:
@@ -64,9 +65,9 @@ class Room:
             base_digest="base",
             history=self.history,
             audit=self.audit,
+            exclusions=self.exclusions,
         )
-        messenger = Messenger(cast(Grid, self.grid))
-        return Federation(messenger, run, shape=adapter_shape(4, scaling=2.0))
+        return Federation(cast(Grid, self.grid), run, shape=adapter_shape(4, scaling=2.0))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.history.events() if event["event"] == kind]

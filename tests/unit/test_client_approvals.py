@@ -195,6 +195,17 @@ def test_requests_cannot_fill_the_disk(approvals: Approvals) -> None:
     _ask(approvals, _plan("one-more"))
 
 
+def test_one_coordinators_requests_keep_no_other_from_asking(approvals: Approvals) -> None:
+    for number in range(MAX_WAITING):
+        _ask(approvals, _plan(f"run-{number}"))
+
+    _ask(approvals, replace(_plan("theirs"), coordinator="ef" * 32))
+
+    assert approvals.find("theirs").state == "waiting"
+    with pytest.raises(PolicyError, match=f"{MAX_WAITING} runs of this coordinator wait for"):
+        approvals.check(_plan("one-more"), cost=_cost)
+
+
 @pytest.mark.parametrize("run_uid", ["../run", "a/b", "", ".hidden", "a" * 65, "run\n"])
 def test_a_runs_name_cannot_leave_the_folder(approvals: Approvals, run_uid: str) -> None:
     uses: list[Callable[[], Any]] = [

@@ -111,6 +111,31 @@ def test_the_log_shows_what_left_and_why_something_was_refused(trained: Hospital
     assert "training" not in shown
 
 
+def test_what_left_is_shown_to_another_program_as_strict_json(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    lax = {"require-dp": False, "max-epsilon": float("inf")}
+    hospital = make_hospital(
+        tmp_path / "east", tiny_model_dir, policy=lax, settings={"privacy.unit": "none"}
+    )
+    _ask(hospital, 1)
+    (sent,) = [entry.fields for entry in hospital.open().audit.entries() if entry.event == "sent"]
+
+    printed = _run("log", "--what", sent["manifest"][:12], "--json", "--site", hospital.folder)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads(printed, parse_constant=refuse)
+    assert content["sha256"] == sent["manifest"]
+    assert content["adapter_digest"] == sent["adapter_digest"]
+    assert content["numbers"] == sent["numbers"] == {"steps": 2}
+    assert (content["privacy"]["unit"], content["privacy"]["epsilon"]) == ("none", None)
+    assert len(content["tensors"]) == sent["tensors"] > 0
+    ledger = json.loads(_run("ledger", "--json", "--site", hospital.folder), parse_constant=refuse)
+    assert ledger["epsilon"] is ledger["runs"][0]["epsilon"] is ledger["max_epsilon"] is None
+
+
 def test_a_verified_log_says_so_and_an_edited_one_where(trained: Hospital) -> None:
     assert "whole and unchanged" in _run("log", "--verify", "--site", trained.folder)
     head = trained.open().audit.head()
@@ -156,6 +181,29 @@ def test_a_receipt_is_settled(trained: Hospital, tmp_path: Path) -> None:
     assert "in line with the receipt" in _run(*words, "--yes")
     with pytest.raises(ConfigError, match="cannot be read"):
         _run("ledger", "--settle", tmp_path / "none.json", "--yes", "--site", trained.folder)
+
+
+def test_before_a_receipt_is_settled_it_is_said_how_far_ahead_it_is(
+    trained: Hospital, tmp_path: Path
+) -> None:
+    site = trained.open()
+    ledger, audit = site.ledger.head(), site.audit.head()
+    ahead = SiteHeads(ChainHead(ledger.count + 3, "ab" * 32), ChainHead(audit.count + 5, "cd" * 32))
+    path = tmp_path / "receipt.json"
+    path.write_bytes(seal_receipt(Receipt("north", ahead, (), 0), trained.coordinator))
+
+    words = ["ledger", "--settle", str(path), "--site", str(trained.folder)]
+    result = CliRunner().invoke(app, words, "n\n")
+
+    said, asked = result.output.split("Charge what this receipt names?")
+    assert result.exit_code == 1
+    assert (
+        f"ahead of this ledger by 3 entries ({ledger.count + 3} were seen, {ledger.count} are"
+        in said
+    )
+    assert f"audit log by 5 lines ({audit.count + 5} were seen, {audit.count} are here)" in said
+    assert "ahead" not in asked
+    assert (site.ledger.head(), site.audit.head()) == (ledger, audit)
 
 
 def test_a_dry_run_trains_and_shows_all_and_sends_charges_and_keeps_nothing(

@@ -225,7 +225,11 @@ def test_a_real_probe_gives_a_finite_time(speeds: Speeds) -> None:
     assert 0 < _cost(_run(), speeds).hours < 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', '{"a": [0, 1]}', '{"a": ["x", 1]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"a": 1}', '{"a": [0, 1]}', '{"a": ["x", 1]}', "[" * 100_000,
+     '{"a": [1, ' + "9" * 400 + "]}"],
+)  # fmt: skip
 def test_a_damaged_speed_file_costs_nothing_but_a_guess(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,6 +240,23 @@ def test_a_damaged_speed_file_costs_nothing_but_a_guess(
 
     Speeds(path).add(MODEL, _run(), seconds=40.0)
     assert Speeds(path).seconds_per_record(MODEL, _run()) == 2.0
+
+
+def test_a_speed_file_that_can_be_neither_read_nor_written_only_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "speed.json"
+    path.mkdir()
+    with caplog.at_level(logging.WARNING):
+        Speeds(path).add(MODEL, _run(), seconds=40.0)
+        assert Speeds(path).seconds_per_record(MODEL, _run()) is None
+
+    said = [record.getMessage() for record in caplog.records]
+    assert f"{path} cannot be written (Is a directory)" in said
+    assert f"{path} cannot be read; hours are estimated afresh" in said
+    assert [found.name for found in tmp_path.iterdir()] == ["speed.json"], (
+        "and nothing is left over"
+    )
 
 
 def test_a_speed_over_no_records_is_none(tmp_path: Path) -> None:

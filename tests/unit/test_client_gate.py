@@ -12,6 +12,7 @@ import pytest
 from client.ledger import Ledger
 from common.audit_log import AuditLog, verify_audit_log
 from common.chain import EMPTY, ChainHead
+from common.errors import AuditError, ConfigError, SignatureError
 from common.receipts import Receipt, ReceiptCharge, seal_receipt
 from common.records import Reply, SiteHeads, Task, open_reply
 from common.signing import SigningKey
@@ -207,6 +208,172 @@ def test_a_site_that_forgot_refuses_though_the_coordinator_does_not_say_what_it_
     _ask(hospital, hospital.task(2, seen=seen))
     (hospital.folder / "state" / "ledger.sqlite").unlink()
     assert _ask(hospital, hospital.task(3)).error_code == "restored"
+
+
+_HEAD = '{"count":1,"digest":"' + 64 * "a" + '"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "Mr Miller, born 1950",
+        "[" * 100_000,
+        "7",
+        "[]",
+        "{}",
+        '{"ledger":7,"audit":7}',
+        '{"ledger":' + _HEAD + "}",
+        '{"ledger":' + _HEAD + ',"audit":{"count":1}}',
+        '{"ledger":' + _HEAD + ',"audit":' + _HEAD.replace("1", '"1"', 1) + "}",
+        '{"ledger":' + _HEAD + ',"audit":' + _HEAD.replace("a", "x") + "}",
+        '{"ledger":' + _HEAD + ',"audit":' + _HEAD + ',"more":1}',
+        None,
+    ],
+)
+def test_where_it_was_last_seen_and_that_is_damaged_a_site_refuses_and_says_what_to_do(
+    hospital: Hospital, content: str | None
+) -> None:
+    """None is a folder in its place."""
+    site = hospital.open()
+    path = hospital.folder / "state" / "seen.json"
+    path.mkdir() if content is None else path.write_text(content)
+
+    reply = _ask(hospital, hospital.task())
+
+    assert reply.error_code == "config"
+    assert _rows(hospital) == []
+    wrong = r"cannot be read \(Is a directory\)" if content is None else "is damaged"
+    with pytest.raises(
+        ConfigError, match=rf"seen.json {wrong}; put its backup there, or remove it: the next task"
+    ):
+        site.last_seen()
+    path.rmdir() if content is None else path.unlink()
+    assert _ask(hospital, hospital.task()).error_code == ""
+    assert len(_rows(hospital)) == 1
+
+
+def test_there_is_no_permission_that_is_not_on_record(asking: Hospital) -> None:
+    _ask(asking, _describe(asking))
+    log = asking.folder / "state" / "audit.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole.replace(b"run-1", b"run-7", 1))
+
+    with pytest.raises(AuditError, match="line 1: edited"):
+        asking.open().approve("run-1")
+
+    assert asking.open().approvals.find("run-1").state == "waiting"
+    log.write_bytes(whole)
+    assert _ask(asking, asking.task()).error_code == "approval"
+    asking.open().approve("run-1")
+    assert _events(asking)[-1] == "approved"
+    assert _ask(asking, asking.task()).error_code == ""
+
+
+def test_an_answer_to_wait_names_no_line_for_there_is_none(asking: Hospital) -> None:
+    for task in (_describe(asking), asking.task()):
+        reply = _ask(asking, task)
+        assert (reply.error_code, reply.correlation_id) == ("approval", "")
+    assert "refused" not in _events(asking)
+
+    refused = _ask(asking, asking.task(settings={"lora.rank": 65}))
+    (line,) = [e for e in asking.open().audit.entries() if e.event == "refused"]
+    assert refused.correlation_id == line.fields["correlation_id"] != ""
+
+
+def test_a_declined_run_is_on_record(asking: Hospital) -> None:
+    _ask(asking, _describe(asking))
+    asking.open().decline("run-1")
+
+    (line,) = [e for e in asking.open().audit.entries() if e.event == "declined"]
+    assert line.fields == {"run": "run-1"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.name": "other"},
+        {"train.local-steps": 10_001},
+        {"data.max-length": 10**9},
+        {"privacy.unit": "none"},
+        {"privacy.target-epsilon": 50.0},
+        {"privacy.target-delta": 1e-3},
+        {"privacy.max-grad-norm": 1e9},
+    ],
+)
+def test_a_description_is_refused_for_what_a_task_would_be_refused_for(
+    hospital: Hospital, settings: dict[str, Any]
+) -> None:
+    for task in (hospital.task(settings=settings), _describe(hospital, settings=settings)):
+        reply = _ask(hospital, task)
+        assert (reply.error_code, dict(reply.numbers)) == ("policy", {})
+
+
+def test_a_description_without_settings_is_held_against_the_policy_too(hospital: Hospital) -> None:
+    assert _ask(hospital, _describe(hospital, config={})).error_code == "policy"
+
+
+def test_to_too_high_a_rank_a_description_answers_with_the_highest(hospital: Hospital) -> None:
+    """A task of that rank is refused; the coordinator, told so, asks for no more."""
+    asked = {"lora.rank": 65, "lora.target-modules": "gate_proj"}
+
+    reply = _ask(hospital, _describe(hospital, settings={"lora.rank": 65}))
+
+    assert (reply.error_code, reply.numbers["max-rank"]) == ("", 64)
+    assert _ask(hospital, hospital.task(settings=asked)).error_code == "policy"
+
+
+def test_a_refusal_says_where_the_site_stands(hospital: Hospital) -> None:
+    _ask(hospital, hospital.task(1))
+
+    reply = _ask(hospital, hospital.task(2, settings={"lora.rank": 65}))
+
+    site = hospital.open()
+    assert reply.error_code == "policy"
+    assert reply.heads == SiteHeads(site.ledger.head(), site.audit.head())
+    assert [entry.event for entry in site.audit.entries()][-1] == "refused", "counted in"
+
+
+def test_what_a_receipt_saw_is_remembered_against_a_later_restore(hospital: Hospital) -> None:
+    last, _ = _restored(hospital)
+    assert last.heads is not None
+    ledger = hospital.folder / "state" / "ledger.sqlite"
+    backup = ledger.read_bytes()
+    assert hospital.open().last_seen() is None
+    receipt = seal_receipt(Receipt("north", last.heads, (), 0), hospital.coordinator)
+    hospital.open().settle(receipt)
+    assert hospital.open().last_seen() == last.heads
+
+    ledger.write_bytes(backup)
+
+    # The coordinator says nothing of what it saw.
+    assert _ask(hospital, hospital.task(3)).error_code == "restored"
+
+
+def test_how_far_a_receipt_is_ahead_is_known_before_it_is_settled(hospital: Hospital) -> None:
+    last, _ = _restored(hospital)
+    assert last.heads is not None
+    site = hospital.open()
+    here = SiteHeads(site.ledger.head(), site.audit.head())
+    receipt = seal_receipt(Receipt("north", last.heads, (), 0), hospital.coordinator)
+
+    lag = site.lag(receipt)
+
+    assert (lag.here, lag.seen, lag.stands) == (here, last.heads, False)
+    # A task is charged and released; its lines are task, training and sent.
+    assert lag.sentence() == (
+        "The receipt is ahead of this ledger by 2 entries (4 were seen, 2 are here), of its audit log by "
+        "3 lines (6 were seen, 3 are here); what was seen is not here any more."
+    )
+    assert SiteHeads(site.ledger.head(), site.audit.head()) == here
+    site.settle(receipt)
+    assert (
+        site.lag(receipt).sentence().endswith("; both hold what was seen, or were settled since.")
+    )
+    assert "ahead of this ledger by 0 entries" in site.lag(receipt).sentence()
+    forged = seal_receipt(Receipt("north", last.heads, (), 0), SigningKey.generate())
+    with pytest.raises(SignatureError, match="does not hold"):
+        site.lag(forged)
 
 
 def test_a_settlement_that_is_only_in_the_ledger_settles_nothing(hospital: Hospital) -> None:

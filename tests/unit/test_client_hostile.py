@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 import client.examples
 import client.training
 from client.site import Site
-from common.adapter import LoraPair, digest_safetensors
+from common.adapter import LoraPair, digest_tensors
 from common.audit_log import verify_audit_log
 from common.canonical import canonical_json, from_canonical
 from common.chain import ChainHead
@@ -111,7 +111,7 @@ def _adapter(change: Callable[[bytes], bytes], *, sign_it: bool = True) -> Attac
         data = change(hospital.adapter.to_safetensors())
         task = hospital.task()
         if sign_it:
-            task = replace(task, adapter_digest=digest_safetensors(data))
+            task = replace(task, adapter_digest=digest_tensors(load(data)))
         return replace(hospital.seal(task), adapter=data)
 
     return attack
@@ -149,6 +149,7 @@ _GONE = SiteHeads(ChainHead(7, "ab" * 32), ChainHead(9, "cd" * 32))
 
 # What is asked, and the code that the coordinator gets; in the hospital's log are words.
 REFUSED: dict[str, tuple[Attack, str]] = {
+    "expired": (_task(expires_at=1), "expired"),
     # Less noise than the hospital would allow, or none.
     "sigma 0": (_asks(privacy__noise_multiplier=0.0), "config"),
     "sigma below 0": (_asks(privacy__noise_multiplier=-1.0), "config"),
@@ -252,7 +253,6 @@ UNANSWERED: dict[str, tuple[Attack, str]] = {
     ),
     "an altered round": (_under_an_old_signature(server_round=2), "signature"),
     "an altered end": (_under_an_old_signature(expires_at=2**40), "signature"),
-    "expired": (_task(expires_at=1), "protocol"),
     "for another site": (_task(site="south"), "protocol"),
     "for no site": (_task(site=""), "protocol"),
     "protocol 1": (_content(protocol=1), "protocol"),
@@ -260,6 +260,9 @@ UNANSWERED: dict[str, tuple[Attack, str]] = {
     "a kind of its own": (_content(kind="reveal"), "protocol"),
     "an unknown field": (_content(command="ls"), "protocol"),
     "a field less": (_content(adapter_digest=None), "protocol"),
+    "expired before there were clocks": (_task(expires_at=-(10**400)), "protocol"),
+    "never to expire": (_task(expires_at=10**400), "protocol"),
+    "a round beyond 2^53": (_task(server_round=2**53 + 1), "protocol"),
     "a round in words": (_content(server_round="1"), "protocol"),
     "a round that is true": (_content(server_round=True), "protocol"),
     "settings in a list": (_content(config=["lora.rank", 2]), "protocol"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 import resource
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -19,8 +21,9 @@ import pytest
 from client import ledger as ledger_module
 from client.budget import Unit
 from client.ledger import Ledger, LedgerRow
-from common.canonical import canonical_json
-from common.chain import EMPTY, ChainHead
+from client.ledger_file import LedgerFile
+from common.canonical import canonical_json, from_canonical
+from common.chain import EMPTY, ChainHead, link
 from common.errors import BudgetError
 from common.privacy import Accountant, GaussianSteps, compose_epsilon
 
@@ -89,8 +92,6 @@ def test_epsilon_composes_over_rounds_and_runs(tmp_path: Path) -> None:
     assert _spent(ledger, "prv") == pytest.approx(5.96, abs=0.01)
     bounds = ledger.bounds("notes", unit="record", delta=1e-5)
     assert (bounds.prv, bounds.rdp) == (_spent(ledger, "prv"), _spent(ledger))
-    half = compose_epsilon([GaussianSteps(0.8, 0.032, 150)], delta=1e-5, accountant="rdp")
-    assert _spent(ledger, run_uid="run-1") == pytest.approx(half)
 
 
 def test_what_would_be_spent_can_be_asked_without_charging(tmp_path: Path) -> None:
@@ -291,6 +292,47 @@ def test_a_ledger_restored_from_a_backup_does_not_cover_what_came_after(tmp_path
     assert not reopened.covers(lost)
 
 
+def test_nothing_in_an_entry_can_be_found_by_trying_it_against_the_head(tmp_path: Path) -> None:
+    """The head leaves the site, and all of an entry but the data set's name is easy to guess."""
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    _reserve(ledger, _row())
+    before = ledger.head()
+    ledger.release("t1")
+    with LedgerFile(path).database() as database:
+        stored = database.execute("SELECT content FROM entries ORDER BY number").fetchall()
+    entries = [from_canonical(content) for (content,) in stored]
+    salts = [entry.pop("salt") for entry in entries]
+
+    guesses = [entries[1], {**entries[1], "salt": ""}, {**entries[1], "salt": salts[0]}]
+
+    assert all(re.fullmatch("[0-9a-f]{32}", salt) for salt in salts)
+    assert salts[0] != salts[1]
+    assert link(before, canonical_json({**entries[1], "salt": salts[1]})) == ledger.head()
+    assert ledger.head() not in [link(before, canonical_json(guess)) for guess in guesses]
+
+
+def test_two_ledgers_of_the_same_charges_have_different_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module.time, "time", lambda: 1_700_000_000)
+    ledgers = [Ledger(tmp_path / name) for name in ("a.sqlite", "b.sqlite")]
+    for ledger in ledgers:
+        _reserve(ledger, _row())
+
+    assert ledgers[0].rows("notes") == ledgers[1].rows("notes")
+    assert len({ledger.head().digest for ledger in ledgers}) == 2
+
+
+def test_a_commit_is_on_the_disk_with_its_folder(tmp_path: Path) -> None:
+    """EXTRA (3) also syncs the folder, in which a rolled-back charge's journal lay."""
+    with LedgerFile(tmp_path / "ledger.sqlite").database() as database:
+        synchronous = database.execute("PRAGMA synchronous").fetchone()
+        journal = database.execute("PRAGMA journal_mode").fetchone()
+
+    assert (synchronous, journal) == ((3,), ("delete",))
+
+
 # Editors
 
 
@@ -483,6 +525,12 @@ def test_a_takeover_that_breaks_off_leaves_the_former_ledger(
     assert len(Ledger(path).rows("notes")) == 3
 
 
+def _wait_for_exact_epsilons() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "epsilon":
+            thread.join(60)
+
+
 def _broken(*_: Any, **__: Any) -> Any:
     raise RuntimeError("broken")
 
@@ -505,7 +553,7 @@ def test_a_table_of_epsilons_is_dropped_and_was_never_believed(tmp_path: Path) -
         row = _row("t20", run="r20", steps=parts[20])
         with pytest.raises(BudgetError, match="by RDP's bound"):
             _reserve(ledger, row, planned=10, cap=0.1, accountant="prv")
-        ledger.finish(timeout_s=60)
+        _wait_for_exact_epsilons()
 
     refuse(ledger)
     refuse(Ledger(path))

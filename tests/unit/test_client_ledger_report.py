@@ -149,6 +149,21 @@ def test_the_words_below_give_both_bounds_the_cap_and_what_is_open(ledger: Ledge
     assert words[-1] == f"Ledger head {ledger.head()}"
 
 
+def test_where_no_grid_holds_the_settings_the_words_say_so(tmp_path: Path) -> None:
+    """Then RDP's bound has to serve: the report waited, so nothing is still being computed."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    least = GaussianSteps(noise_multiplier=0.8, sample_rate=0.032, steps=10**12)
+    ledger.reserve(
+        LedgerRow("t1", "run-1", "notes", "record", 1, least),
+        planned_steps=1, unit="record", delta=1e-5, max_epsilon=math.inf, accountant="rdp",
+    )  # fmt: skip
+
+    report = report_ledger(ledger, _config())
+
+    assert report.bounds.prv is None
+    assert "(PRV cannot be computed, RDP " in report.sentences()[0]
+
+
 def test_unprotected_training_is_shown_as_no_protection(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,8 +177,9 @@ def test_unprotected_training_is_shown_as_no_protection(
     row = next(line for line in _shown(report) if line.startswith("run-3"))
     assert row.split()[-2:] == ["no", "protection"]
     content = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert content["epsilon"] == content["epsilon_rdp"] == "no protection"
-    assert [run["epsilon"] == "no protection" for run in content["runs"]] == [False, False, True]
+    assert content["epsilon"] is content["epsilon_prv"] is content["epsilon_rdp"] is None
+    assert content["remaining"] == 0.0
+    assert [run["epsilon"] is None for run in content["runs"]] == [False, False, True]
 
 
 def test_json_has_what_the_table_has(ledger: Ledger) -> None:

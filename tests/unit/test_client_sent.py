@@ -125,11 +125,25 @@ def test_the_table_counts_tensors_of_one_shape_together() -> None:
     printed = _printed(manifest)
 
     assert "8 x 64, float32, 448 tensors" in printed
+    assert "layer-*" in printed
+    assert "layer-0" not in printed
     assert "64 x 8, float32, 1 tensor " in printed
     assert manifest.sha256 in printed
     assert manifest.adapter_digest in printed
     assert "2.75" in printed
     assert len(printed.splitlines()) < 25
+
+
+def test_tensors_of_one_shape_and_other_names_are_shown_apart() -> None:
+    """A tensor that no adapter has would otherwise hide among those of its shape."""
+    names = ("a.1.q_proj", "a.2.q_proj", "a.1.records", "[red]a")
+    tensors = tuple(ManifestTensor(name, (8, 64), "float32") for name in names)
+
+    printed = _printed(replace(_manifest(), tensors=tensors))
+
+    assert [printed.count(name) for name in ("a.*.q_proj", "a.*.records", "[red]a")] == [1, 1, 1]
+    assert printed.count("8 x 64, float32, 2 tensors") == 1
+    assert printed.count("8 x 64, float32, 1 tensor ") == 2
 
 
 def test_json_of_a_manifest_is_strict_json() -> None:

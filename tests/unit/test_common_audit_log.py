@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
+import secrets
 import stat
 import threading
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import pytest
 
 from common.audit_entries import next_line, parse_line, read_chain, split_lines
 from common.audit_log import AuditEntry, AuditLog, read_audit_log, verify_audit_log
-from common.canonical import canonical_json
+from common.canonical import canonical_json, from_canonical
 from common.chain import EMPTY, ChainHead, link
 from common.errors import AuditError, ProtocolError
 from common.signing import AUDIT_DOMAIN, SigningKey
@@ -102,6 +104,47 @@ def test_a_checkpoint_comes_after_every_so_many_lines(pristine: list[bytes]) -> 
     events = [parse_line(line).event for line in pristine]
     numbers = [number for number, event in enumerate(events, start=1) if event == "checkpoint"]
     assert numbers == [33, 66, 99, 132, 165, 198]
+
+
+# What its head gives away
+
+
+def test_every_line_has_128_random_bits_of_its_own(pristine: list[bytes]) -> None:
+    """Those that people log, and the checkpoints between them."""
+    salts = [parse_line(line).salt for line in pristine]
+
+    assert all(re.fullmatch("[0-9a-f]{32}", salt) for salt in salts)
+    assert len(set(salts)) == LINES
+
+
+def test_a_count_in_a_line_cannot_be_found_by_trying_it_against_the_head(path: Path) -> None:
+    """The head leaves the site, and all of a refusal's line but a true count is easy to guess."""
+    log = AuditLog(path, KEY)
+    log.append("task", run="run-1")
+    before = log.head()
+    log.append("refused", code="data", why="7 of 12 records have no answer")
+    line: dict[str, Any] = from_canonical(path.read_bytes().splitlines()[-1])
+    digest = line.pop("digest")
+    salt = line.pop("salt")
+
+    guesses = [line, {**line, "salt": ""}, {**line, "salt": secrets.token_hex(16)}]
+
+    assert (
+        digest == log.head().digest == link(before, canonical_json({**line, "salt": salt})).digest
+    )
+    assert digest not in [link(before, canonical_json(guess)).digest for guess in guesses]
+
+
+def test_two_logs_of_the_same_events_have_different_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.audit_entries.time.time", lambda: 1_700_000_000)
+    logs = [AuditLog(tmp_path / name, KEY) for name in ("a", "b")]
+
+    heads = [log.append("refused", code="data", why="7 of 12 records") for log in logs]
+
+    assert len({head.digest for head in heads}) == 2
+    assert [head.count for head in heads] == [1, 1]
 
 
 # Whatever is done to its lines

@@ -40,6 +40,7 @@ def test_documented_exit_codes_differ_from_success_and_from_each_other() -> None
         "CheckpointError": 4,
         "EngineError": 5,
         "AuditError": 6,
+        "DiskError": 7,
     }
 
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from common.canonical import canonical_json
 from common.chain import EMPTY, ChainHead
-from common.errors import BudgetError, ProtocolError, SignatureError
+from common.errors import BudgetError, ExpiredError, ProtocolError, SignatureError
 from common.records import (
     PROTOCOL,
     Envelope,
@@ -38,6 +38,7 @@ from common.records import (
     Reply,
     SiteHeads,
     Task,
+    check_not_expired,
     envelope_of,
     error_code,
     from_records,
@@ -48,7 +49,6 @@ from common.records import (
     seal_task,
     to_records,
     unverified_reply_site,
-    with_attempt,
 )
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey
 
@@ -82,8 +82,8 @@ REPLY = Reply(
 )
 
 
-def _open_task(envelope: Envelope, *, site: str = "north", now_s: float = 1000.0) -> Task:
-    return open_task(envelope, public_keys=[COORDINATOR.public_hex], site=site, now_s=now_s)
+def _open_task(envelope: Envelope, *, site: str = "north") -> Task:
+    return open_task(envelope, public_keys=[COORDINATOR.public_hex], site=site)
 
 
 def _open_reply(envelope: Envelope, *, task: Task = TASK, site: str = "north") -> Reply:
@@ -109,7 +109,7 @@ def _fields(item: Task | Reply) -> dict[str, Any]:
 
 
 def test_task_id_ignores_what_a_retry_changes() -> None:
-    again = with_attempt(TASK, attempt=7, expires_at=5000)
+    again = replace(TASK, attempt=7, expires_at=5000)
     assert replace(TASK, seen=None, audit_head=EMPTY).task_id == TASK.task_id
     assert replace(TASK, seen=None).sha256 != TASK.sha256 != replace(TASK, audit_head=EMPTY).sha256
 
@@ -213,15 +213,37 @@ def test_task_signature_never_passes_as_a_reply_nor_a_reply_as_a_task() -> None:
     with pytest.raises(SignatureError, match="consilium/reply/1 signature does not hold"):
         open_reply(as_task, task=TASK, site="north", public_hex=key.public_hex)
     with pytest.raises(SignatureError, match="consilium/task/1 signature does not hold"):
-        open_task(as_reply, public_keys=[key.public_hex], site="north", now_s=0)
+        open_task(as_reply, public_keys=[key.public_hex], site="north")
+
+
+@pytest.mark.parametrize("name", ["server_round", "attempt", "expires_at"])
+@pytest.mark.parametrize("value", [2**53 + 1, -(2**53) - 1, 10**400, -(10**400)])
+def test_task_with_an_integer_that_not_every_reader_holds_is_none(name: str, value: int) -> None:
+    task = replace(TASK, **{name: value})
+
+    with pytest.raises(ProtocolError, match="the payload is not a task"):
+        _open_task(seal_task(task, COORDINATOR))
+
+
+@pytest.mark.parametrize("chain", ["ledger", "audit"])
+def test_so_is_one_with_such_a_count_in_a_head(chain: str) -> None:
+    far = ChainHead(2**53 + 1, "12" * 32)
+    task = replace(TASK, seen=replace(HEADS, **{chain: far}))
+
+    with pytest.raises(ProtocolError, match="the payload is not a task"):
+        _open_task(seal_task(task, COORDINATOR))
+
+
+def test_the_largest_integer_that_every_reader_holds_is_taken() -> None:
+    task = replace(TASK, server_round=2**53, expires_at=2**53)
+
+    assert _open_task(seal_task(task, COORDINATOR)) == task
 
 
 def test_task_is_good_until_it_expires_and_not_a_moment_longer() -> None:
-    sealed = seal_task(TASK, COORDINATOR)
-
-    assert _open_task(sealed, now_s=1000.0) == TASK
-    with pytest.raises(ProtocolError, match=r"expired 5 s ago; check this machine's clock"):
-        _open_task(sealed, now_s=1005.0)
+    check_not_expired(TASK, now_s=1000.0)
+    with pytest.raises(ExpiredError, match=r"expired 5 s ago; check this machine's clock"):
+        check_not_expired(TASK, now_s=1005.0)
 
 
 def test_task_for_another_site_is_refused() -> None:

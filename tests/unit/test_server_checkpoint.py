@@ -15,6 +15,7 @@ from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from tests.unit.adapters import adapter_shape, random_adapter
 
 SHAPE = adapter_shape(2)
+FILES = ["SHA256SUMS", "adapter.safetensors", "state.json"]
 
 
 def _checkpoint(server_round: int) -> Checkpoint:
@@ -48,7 +49,7 @@ def test_nothing_saved_is_none(tmp_path: Path) -> None:
 def test_saving_makes_the_folder_and_returns_where(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "run" / "checkpoints", _checkpoint(3), keep=1)
     assert path == tmp_path / "run" / "checkpoints" / "round-0003"
-    assert _names(path) == ["adapter.safetensors", "state.json"]
+    assert _names(path) == FILES
 
 
 def test_keep_prunes_the_oldest(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_checkpoint_appears_only_once_it_is_whole(
 
     monkeypatch.setattr(os, "rename", look_then_rename)
     _save(tmp_path, 1)
-    assert seen == [(["adapter.safetensors", "state.json"], [])]
+    assert seen == [(FILES, [])]
 
 
 def test_leftovers_of_a_killed_process_are_swept_and_never_loaded(tmp_path: Path) -> None:

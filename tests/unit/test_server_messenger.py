@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import httpx
@@ -42,10 +43,24 @@ def _messenger(grid: FakeGrid, *, patience_s: float = 90.0) -> Messenger:
     return Messenger(cast(Grid, grid), patience_s=patience_s)
 
 
+def _exchange(
+    messenger: Messenger,
+    tasks: dict[int, tuple[Task, Envelope]],
+    *,
+    deadline_s: float,
+    stop_at: Callable[[], float] = lambda: math.inf,
+) -> Iterator[tuple[int, Message]]:
+    """Send, and yield the replies by node as they come."""
+    messenger.send(tasks, ttl_s=deadline_s + 60)
+    for answer in messenger.answers(deadline_s=deadline_s, stop_at=stop_at):
+        assert answer.message is not None
+        yield answer.sent.node_id, answer.message
+
+
 def test_every_node_gets_its_own_task_once_and_answers_once(clock: FakeClock) -> None:
     grid = _grid(clock, 2, 3, 4)
     tasks = _tasks(2, 3, 4)
-    replies = list(_messenger(grid).exchange(tasks, deadline_s=10))
+    replies = list(_exchange(_messenger(grid), tasks, deadline_s=10))
     assert [node for node, _ in replies] == [2, 3, 4]
     assert [message.metadata.src_node_id for _, message in replies] == [2, 3, 4]
     assert {m.metadata.dst_node_id: envelope_of(m) for m in grid.pushed} == {
@@ -61,7 +76,7 @@ def test_the_kind_of_a_task_chooses_flowers_message_type(
     clock: FakeClock, kind: str, message_type: str
 ) -> None:
     grid = _grid(clock, 2)
-    list(_messenger(grid).exchange(_tasks(2, kind=kind), deadline_s=10))
+    list(_exchange(_messenger(grid), _tasks(2, kind=kind), deadline_s=10))
     assert grid.pushed[0].metadata.message_type == message_type
     assert grid.pushed[0].metadata.ttl > 10
 
@@ -69,7 +84,7 @@ def test_the_kind_of_a_task_chooses_flowers_message_type(
 def test_replies_are_yielded_as_they_come_not_when_all_are_there(clock: FakeClock) -> None:
     grid = _grid(clock, 2, 3)
     grid.delay_s[2] = 50.0
-    exchange = _messenger(grid).exchange(_tasks(2, 3), deadline_s=100)
+    exchange = _exchange(_messenger(grid), _tasks(2, 3), deadline_s=100)
     assert next(exchange)[0] == 3
     assert clock.now_s == 1000.0
     assert next(exchange)[0] == 2
@@ -79,7 +94,7 @@ def test_replies_are_yielded_as_they_come_not_when_all_are_there(clock: FakeCloc
 
 def test_stops_at_the_deadline_when_a_node_is_silent(clock: FakeClock) -> None:
     grid = _grid(clock, 2, silent=(3,))
-    replies = list(_messenger(grid).exchange(_tasks(2, 3), deadline_s=20))
+    replies = list(_exchange(_messenger(grid), _tasks(2, 3), deadline_s=20))
     assert [node for node, _ in replies] == [2]
     assert clock.now_s == pytest.approx(1020.0)
 
@@ -89,7 +104,7 @@ def test_a_reply_in_the_last_moment_still_counts_and_a_later_one_does_not(
 ) -> None:
     grid = _grid(clock, 2, 3)
     grid.delay_s = {2: 20.0, 3: 20.1}
-    replies = list(_messenger(grid).exchange(_tasks(2, 3), deadline_s=20))
+    replies = list(_exchange(_messenger(grid), _tasks(2, 3), deadline_s=20))
     assert [node for node, _ in replies] == [2]
 
 
@@ -98,7 +113,7 @@ def test_may_be_told_to_stop_before_the_deadline(clock: FakeClock) -> None:
     stop_at = [float("inf")]
     seen = []
     messenger = _messenger(grid)
-    for node, _ in messenger.exchange(_tasks(2, 3), deadline_s=300, stop_at=lambda: stop_at[0]):
+    for node, _ in _exchange(messenger, _tasks(2, 3), deadline_s=300, stop_at=lambda: stop_at[0]):
         seen.append(node)
         stop_at[0] = clock.now_s + 15
     assert seen == [2]
@@ -107,7 +122,7 @@ def test_may_be_told_to_stop_before_the_deadline(clock: FakeClock) -> None:
 
 def test_nobody_to_ask_sends_nothing_and_waits_for_nothing(clock: FakeClock) -> None:
     grid = _grid(clock)
-    assert list(_messenger(grid).exchange({}, deadline_s=20)) == []
+    assert list(_exchange(_messenger(grid), {}, deadline_s=20)) == []
     assert clock.now_s == 1000.0
 
 
@@ -115,18 +130,18 @@ def test_ignores_replies_it_did_not_ask_for(clock: FakeClock) -> None:
     """A reply to an earlier exchange, and one to no message at all."""
     grid = _grid(clock, 2)
     messenger = _messenger(grid)
-    late = next(messenger.exchange(_tasks(2), deadline_s=10))[1]
+    late = next(_exchange(messenger, _tasks(2), deadline_s=10))[1]
     stray = empty_reply(grid.pushed[0])
     stray.metadata.__dict__["_reply_to_message_id"] = "no such message"
     grid.uninvited = [late, stray]
-    replies = list(messenger.exchange(_tasks(2), deadline_s=10))
+    replies = list(_exchange(messenger, _tasks(2), deadline_s=10))
     assert [node for node, _ in replies] == [2]
     assert replies[0][1].metadata.reply_to_message_id == "m2"
 
 
 def test_a_reply_delivered_twice_is_yielded_once(clock: FakeClock) -> None:
     grid = _grid(clock, 2, silent=(3,))
-    exchange = _messenger(grid).exchange(_tasks(2, 3), deadline_s=20)
+    exchange = _exchange(_messenger(grid), _tasks(2, 3), deadline_s=20)
     _, first = next(exchange)
     grid.uninvited = [first, first]
     assert list(exchange) == []
@@ -141,7 +156,7 @@ def test_a_node_that_flower_cannot_reach_is_not_waited_for(
     monkeypatch.setattr(
         grid, "push_messages", lambda messages: ["", *list(push(list(messages)[1:]))]
     )
-    replies = list(_messenger(grid).exchange(_tasks(2, 3), deadline_s=20))
+    replies = list(_exchange(_messenger(grid), _tasks(2, 3), deadline_s=20))
     assert [node for node, _ in replies] == [3]
     assert clock.now_s == 1000.0
 
@@ -164,12 +179,12 @@ def test_a_superlink_that_stumbles_is_asked_again(clock: FakeClock, error: Excep
     assert messenger.node_ids() == [2, 3]
     # One failure in push, then one in pull.
     grid.failures = [error]
-    exchange = messenger.exchange(_tasks(2, 3), deadline_s=10)
+    exchange = _exchange(messenger, _tasks(2, 3), deadline_s=10)
     assert next(exchange)[0] == 2
     assert next(exchange)[0] == 3
     grid.failures = []
     grid.delay_s[2] = 1.0
-    exchange = messenger.exchange(_tasks(2), deadline_s=10)
+    exchange = _exchange(messenger, _tasks(2), deadline_s=10)
     grid.clock.sleep(0)
     assert [node for node, _ in exchange] == [2]
 
@@ -184,7 +199,7 @@ def test_a_failed_pull_loses_no_reply(clock: FakeClock, monkeypatch: pytest.Monk
         return ids
 
     monkeypatch.setattr(grid, "push_messages", push_then_break)
-    assert [n for n, _ in _messenger(grid).exchange(_tasks(2), deadline_s=60)] == [2]
+    assert [n for n, _ in _exchange(_messenger(grid), _tasks(2), deadline_s=60)] == [2]
     assert len(grid.pushed) == 1
 
 

@@ -13,7 +13,7 @@ from common.config import RunConfig
 from common.errors import ConfigError
 from common.privacy import calibrate_noise
 from common.receipts import Receipt, ReceiptCharge
-from common.records import PrivacyRow, SiteHeads, Task, TaskKind, reply_to, with_attempt
+from common.records import PrivacyRow, SiteHeads, Task, TaskKind, reply_to
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.receipt import make_receipt
@@ -34,7 +34,7 @@ class Book:
 
     def sent(self, server_round: int, *, attempt: int = 1, **changes: Any) -> Task:
         task = Task("train", "run-7", "bern", server_round, 1, 0, config=self.config)
-        task = with_attempt(replace(task, **changes), attempt=attempt, expires_at=attempt)
+        task = replace(task, **{**changes, "attempt": attempt, "expires_at": attempt})
         self.audit.task_sent(task, declared_size=100)
         return task
 

@@ -72,18 +72,19 @@ def test_a_task_holds_what_the_site_needs_and_nothing_of_the_coordinators(
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    ("bad", "reason", "times"),
     [
-        (silent, "silent"),
-        (crashes, "unanswered"),
-        (sends_garbage, "signature"),
-        (sends_nan, "not-finite"),
-        (refuses, "site-policy"),
+        (silent, "silent", 1),
+        # Its process may have died: it is asked again at once, federation.max-retries times.
+        (crashes, "unanswered", 3),
+        (sends_garbage, "signature", 1),
+        (sends_nan, "not-finite", 1),
+        (refuses, "site-policy", 1),
     ],
     ids=["silent", "crashes", "garbage", "nan", "refuses"],
 )
 def test_a_bad_site_is_refused_and_named_and_the_round_goes_on(
-    clock: FakeClock, tmp_path: Path, bad: Behaviour, reason: str
+    clock: FakeClock, tmp_path: Path, bad: Behaviour, reason: str, times: int
 ) -> None:
     room = Room(clock, tmp_path, {"oslo": [honest], "evil": [bad], "bern": [honest]})
     replies = room.federation.run_round(CURRENT, server_round=1)
@@ -91,8 +92,9 @@ def test_a_bad_site_is_refused_and_named_and_the_round_goes_on(
     assert dict(replies.refused) == {"evil": reason}
     assert set(replies.sent) == {"bern", "oslo"}
     assert replies.attempts == 1
-    assert [(e["site"], e["reason"]) for e in room.events("refused")] == [("evil", reason)]
-    assert len(room.sites["evil"].tasks) == 1
+    refused = [(event["site"], event["reason"]) for event in room.events("refused")]
+    assert refused == [("evil", reason)] * times
+    assert [task.attempt for task in room.sites["evil"].tasks] == [*range(1, times + 1)]
 
 
 def test_a_reply_in_anothers_name_counts_for_nobody(clock: FakeClock, tmp_path: Path) -> None:
@@ -132,7 +134,8 @@ def test_a_retry_asks_only_the_missing_the_very_same_task(clock: FakeClock, tmp_
     room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent, crashes, honest]})
     replies = room.federation.run_round(CURRENT, server_round=1)
     assert [update.site for update in replies.updates] == ["bern", "oslo"]
-    assert replies.attempts == 3
+    # Silent in the first; in the second it dies and is asked again at once.
+    assert replies.attempts == 2
     # What was once refused and then made good is no longer refused.
     assert dict(replies.refused) == {}
     assert len(room.sites["oslo"].tasks) == 1
@@ -140,7 +143,9 @@ def test_a_retry_asks_only_the_missing_the_very_same_task(clock: FakeClock, tmp_
     assert [task.attempt for task in asked] == [1, 2, 3]
     assert len({task.task_id for task in asked}) == 1
     assert asked[1].expires_at > asked[0].expires_at
-    assert [event["attempt"] for event in room.events("retry")] == [1, 2]
+    assert [event["attempt"] for event in room.events("retry")] == [1]
+    again = [(event["site"], event["reason"]) for event in room.events("asked-again")]
+    assert again == [("bern", "unanswered")]
     # Down: two adapters, then one and one more.
     assert replies.bytes_down > 4 * CURRENT.size_bytes
 
@@ -325,3 +330,205 @@ def test_a_site_that_returns_another_rank_than_it_was_sent_is_refused(
     room.sites["small"].max_rank = 1
     replies = room.federation.run_round(CURRENT, server_round=1)
     assert dict(replies.refused) == {"small": "adapter"}
+
+
+# What is late, lost or shut out
+
+
+def test_a_reply_after_the_deadline_is_named_and_counts_in_no_round(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    scripts: dict[str, list[Behaviour]] = {"oslo": [honest], "bern": [honest], "kiel": [honest]}
+    room = Room(clock, tmp_path, scripts)
+    room.federation.gather()
+    room.grid.delay_s = {4: 70.0}
+    first = room.federation.run_round(CURRENT, server_round=1)
+    room.grid.delay_s = {}
+    clock.sleep(20.0)
+    second = room.federation.run_round(CURRENT, server_round=2)
+
+    assert dict(first.refused) == {"kiel": "silent"}
+    assert [update.site for update in second.updates] == ["bern", "kiel", "oslo"]
+    assert len(room.sites["kiel"].sealed) == 2
+    (late,) = room.events("late")
+    assert (late["round"], late["site"], late["attempt"]) == (1, "kiel", 1)
+    assert [line["site"] for line in room.lines("late")] == ["kiel"]
+
+
+def test_flowers_word_that_nothing_came_is_no_late_reply(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [crashes]})
+    room.federation.gather()
+    room.grid.delay_s = {4: 70.0}
+    room.federation.run_round(CURRENT, server_round=1)
+    clock.sleep(20.0)
+    room.federation.run_round(CURRENT, server_round=2)
+    assert room.events("late") == []
+
+
+class _Restarts:
+    """A node that is away for a while; with it went the message that it had taken in."""
+
+    def __init__(self, room: Room, node: int, *, away_s: tuple[float, float]) -> None:
+        self._grid, self._node, self._away_s = room.grid, node, away_s
+        self._started_s = room.clock.now_s
+        self._sleep = room.clock.sleep
+
+    def sleep(self, seconds: float) -> None:
+        self._sleep(seconds)
+        since_s = self._grid.clock.now_s - self._started_s
+        away = self._away_s[0] <= since_s < self._away_s[1]
+        (self._grid.online.discard if away else self._grid.online.add)(self._node)
+
+
+def test_a_site_whose_node_was_gone_is_asked_again_within_the_same_attempt(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent, honest]})
+    room.federation.gather()
+    monkeypatch.setattr(clock, "sleep", _Restarts(room, 3, away_s=(5.0, 20.0)).sleep)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert replies.attempts == 1
+    first, second = room.sites["bern"].tasks
+    assert (first.task_id, first.attempt, second.attempt) == (second.task_id, 1, 2)
+    # Nobody waits for it beyond the attempt's own end.
+    assert abs(second.expires_at - first.expires_at) <= 1
+    assert [event["reason"] for event in room.events("asked-again")] == ["lost"]
+    assert room.events("refused") == []
+
+
+def test_a_node_that_was_only_cut_off_is_believed_whichever_answer_comes_first(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers the first message after all, and the second one too: one update, nothing late."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.federation.gather()
+    room.grid.delay_s = {3: 30.0}
+    monkeypatch.setattr(clock, "sleep", _Restarts(room, 3, away_s=(5.0, 20.0)).sleep)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    clock.sleep(40.0)
+    room.grid.delay_s = {}
+    room.federation.run_round(CURRENT, server_round=2)
+
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert len(room.sites["bern"].tasks) == 3
+    assert [event["round"] for event in room.events("reply") if event["site"] == "bern"] == [1, 2]
+    assert room.events("late") == []
+
+
+def test_a_node_that_keeps_dying_is_not_asked_for_ever(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent]}, federation__quorum=1)
+    room.federation.gather()
+    sleep = clock.sleep
+
+    def blink(seconds: float) -> None:
+        sleep(seconds)
+        away = int(clock.now_s) % 10 < 5
+        (room.grid.online.discard if away else room.grid.online.add)(3)
+
+    monkeypatch.setattr(clock, "sleep", blink)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert dict(replies.refused) == {"bern": "silent"}
+    assert len(room.sites["bern"].tasks) == 3
+    assert clock.now_s <= 1061.0
+
+
+def test_an_excluded_site_is_not_asked(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [honest]})
+    room.exclusions.add("kiel", why="its data set is being corrected")
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert room.sites["kiel"].tasks == []
+    room.exclusions.remove("kiel")
+    replies = room.federation.run_round(CURRENT, server_round=2)
+    assert [update.site for update in replies.updates] == ["bern", "kiel", "oslo"]
+    assert [event["sites"] for event in room.events("excluded")] == [["kiel"], []]
+
+
+def test_a_site_excluded_while_a_round_goes_is_neither_waited_for_nor_counted(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kiel has answered before, lyon has yet to."""
+    scripts: dict[str, list[Behaviour]] = {
+        "oslo": [honest], "bern": [honest], "kiel": [honest], "lyon": [silent],
+    }  # fmt: skip
+    room = Room(clock, tmp_path, scripts)
+    room.federation.gather()
+    sleep = clock.sleep
+
+    def then_exclude(seconds: float) -> None:
+        sleep(seconds)
+        if clock.now_s >= 1010.0:
+            room.exclusions.add("kiel", why="withdrawn")
+            room.exclusions.add("lyon", why="broken")
+
+    monkeypatch.setattr(clock, "sleep", then_exclude)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {"kiel": "excluded", "lyon": "excluded"}
+    assert clock.now_s < 1015.0
+
+
+def test_when_too_few_are_left_after_an_exclusion_the_run_stops_at_once(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    room.exclusions.add("bern", why="withdrawn")
+    with pytest.raises(
+        QuorumError, match=r"1 of the 2 sites .* \(bern: excluded\), and it needs 2"
+    ):
+        room.federation.run_round(CURRENT, server_round=1)
+    assert clock.now_s == 1000.0
+
+
+def test_what_was_refused_at_once_is_tried_again_after_a_pause_that_grows(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    """A full disk, say: three requests within a second would find it as full."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [refuses_with("disk")]})
+    with pytest.raises(QuorumError, match=r"after 3 attempts \(bern: site-disk\)"):
+        room.federation.run_round(CURRENT, server_round=1)
+    assert clock.now_s == pytest.approx(1000.0 + 5.0 + 10.0)
+
+
+def test_sites_join_and_leave_between_rounds(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [honest]})
+    room.grid.online = {2, 3}
+    asked = []
+    for server_round, online in ((1, {2, 3}), (2, {2, 3, 4}), (3, {3, 4})):
+        room.grid.online = online
+        replies = room.federation.run_round(CURRENT, server_round=server_round)
+        asked.append([update.site for update in replies.updates])
+    assert asked == [["bern", "oslo"], ["bern", "kiel", "oslo"], ["bern", "kiel"]]
+    assert [event["sites"] for event in room.events("round-started")] == asked
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_jumps_in_the_middle_of_a_round_moves_no_deadline(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [silent]}, federation__quorum=1)
+    room.federation.gather()
+    clock_time = clock.time
+
+    def jumped() -> float:
+        return clock_time() + (3600 * hours if clock.now_s > 1010.0 else 0)
+
+    monkeypatch.setattr(clock, "time", jumped)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["oslo"]
+    assert clock.now_s == pytest.approx(1060.0)
+
+
+def test_a_site_whose_clock_is_ahead_is_named_with_the_remedy(
+    clock: FakeClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripts: dict[str, list[Behaviour]] = {
+        "oslo": [honest], "bern": [honest], "kiel": [refuses_with("expired")],
+    }  # fmt: skip
+    replies = Room(clock, tmp_path, scripts).federation.run_round(CURRENT, server_round=1)
+    assert dict(replies.refused) == {"kiel": "site-expired"}
+    assert "set both clocks, or raise federation.deadline-s" in caplog.text

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from client.site import Site
 from common.audit_log import AuditEntry, read_audit_log, verify_audit_log
@@ -23,19 +21,6 @@ from server.audit import CoordinatorAudit
 from server.receipt import make_receipt
 from simulations.run import run_simulation
 from tests.unit.scenarios import interrupt_after, run, simulation, site_names, write_scenario
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    return write_scenario(tmp_path_factory.mktemp("scenario") / "two", tiny_model_dir)
 
 
 @pytest.fixture(scope="module")

@@ -46,20 +46,6 @@ DP_CHANGES = {key.replace(".", "__").replace("-", "_"): value for key, value in 
 FIXED_NOISE = {"privacy__unit": "record", "privacy__noise_multiplier": 1.0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The runs that a module shares are made before any test's own fixtures."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    return write_scenario(tmp_path_factory.mktemp("scenario") / "two", tiny_model_dir)
-
-
 @pytest.fixture(scope="module")
 def plain(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one finished run without DP; read only."""
@@ -118,6 +104,7 @@ def test_run_writes_its_folder(plain: Path) -> None:
         "adapter",
         "summary.json",
         "simulation",
+        ".lock",
     }
     assert sorted(path.name for path in (plain / "checkpoints").iterdir()) == [
         "round-0001",

@@ -13,8 +13,8 @@ import tomli_w
 from client.site_config import load_site_config
 from common.config import RunConfig
 from common.errors import ConfigError, DataError
+from server.run_check import BaseModelFolder
 from simulations.sites import (
-    BaseModelFolder,
     SourceSite,
     find_sites,
     plan_sites,

@@ -1,7 +1,8 @@
 """End every process of a piece of work, however the caller leaves it: return, Ctrl-C or kill -9.
 
 Flower and Ray detach their children from the parent's process group and let them outlive it, so
-neither a process group nor a tree finds them all. A mark in their environment does.
+neither a process group nor a tree finds them all. A mark in their environment does. Guards nest: what an
+inner one starts carries the outer one's mark as well.
 """
 
 from __future__ import annotations
@@ -25,30 +26,35 @@ logger = logging.getLogger(__name__)
 _MARK = "CONSILIUM_PROCESS_MARK"
 _ASK_TIMEOUT_S = 3.0
 _KILL_TIMEOUT_S = 5.0
-_COMMAND = "import sys; from simulations.process_guard import _guard; _guard(*sys.argv[1:])"
+_COMMAND = "import sys; from common.process_guard import _guard; _guard(*sys.argv[1:])"
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """`mark`: variables for the environment of each process; `started`: children to reap at the end."""
+    """`mark`: variables for the environment of each process; `started`: children to reap at the end.
+
+    own_mark: what `end_marked` takes. pid: of the process that opened the guard.
+    """
 
     mark: dict[str, str]
+    own_mark: str
+    pid: int = field(default_factory=os.getpid)
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
 
 @contextmanager
-def guarded_processes(log_file: Path, scratch_dir: Path) -> Iterator[Guard]:
+def guarded_processes(log_file: Path, scratch_dir: Path | None = None) -> Iterator[Guard]:
     """Give the mark for processes; on leaving, end all that carry it, and their children.
 
     The ending is done by a guard process when its standard input closes, which the system does even
     for a caller that was killed. The guard also removes scratch_dir and writes to log_file.
     """
     mark = uuid.uuid4().hex
-    guard = Guard({_MARK: mark})
+    guard = Guard({_MARK: ":".join(filter(None, [os.environ.get(_MARK), mark]))}, mark)
     search_path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     with log_file.open("ab") as log:
         watcher = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, mark, str(scratch_dir)],
+            [sys.executable, "-c", _COMMAND, mark, str(scratch_dir or "")],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
             stdin=subprocess.PIPE,
             stdout=log,
@@ -68,13 +74,14 @@ def guarded_processes(log_file: Path, scratch_dir: Path) -> Iterator[Guard]:
 
 def _guard(mark: str, scratch_dir: str) -> None:
     sys.stdin.read()
-    left = _end_marked(mark)
-    shutil.rmtree(scratch_dir, ignore_errors=True)
+    left = end_marked(mark)
+    if scratch_dir:
+        shutil.rmtree(scratch_dir, ignore_errors=True)
     if left:
         sys.exit(f"still running after kill: {sorted(left)}")
 
 
-def _end_marked(mark: str) -> list[int]:
+def end_marked(mark: str) -> list[int]:
     """Ask, then kill; return the pids that are left.
 
     Ray's workers write their titles over their environment. They are found as descendants, and
@@ -100,7 +107,7 @@ def _marked(mark: str) -> set[psutil.Process]:
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(_MARK) == mark:
+            if mark in process.environ().get(_MARK, "").split(":"):
                 found.add(process)
                 found.update(process.children(recursive=True))
     return found

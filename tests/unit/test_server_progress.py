@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from server.history import Event
-from simulations.progress import RunProgress
+from server.progress import RunProgress
 
 ROW = {"unit": "record", "delta": 1e-5, "noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 2}
 

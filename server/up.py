@@ -1,0 +1,100 @@
+"""`consilium server up`: SuperLink, superexec and the keeper of runs, for as long as it is left to run."""
+
+from __future__ import annotations
+
+import logging
+
+from common.errors import EngineError
+from common.flower_process import find_command, http_answers
+from common.locks import LockHeldError, hold_lock
+from common.process_guard import end_marked, guarded_processes
+from common.supervisor import ChildSpec, Supervisor
+from common.supervisor_state import read_supervisor_state
+from server.coordinator import Coordinator
+from server.keeper import Keeper
+from server.launch import LAUNCH_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def run_coordinator(coordinator: Coordinator) -> None:
+    """Run a coordinator until a signal; every process has ended when this returns.
+
+    Raises EngineError when another one runs in this folder, or when a process does not stay up.
+    """
+    try:
+        with hold_lock(coordinator.up_lock):
+            _run(coordinator)
+    except LockHeldError as error:
+        raise EngineError(
+            f"process {error.pid} is `consilium server up` for {coordinator.folder} already; leave it, or "
+            f"end it first: kill {error.pid}"
+        ) from None
+
+
+def _run(coordinator: Coordinator) -> None:
+    home = coordinator.flower_home
+    for folder in (home, coordinator.launches):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    earlier = read_supervisor_state(coordinator.up_state)
+    if earlier is not None:
+        # Else what was killed a moment ago would still hold port and database.
+        end_marked(earlier.mark)
+    with guarded_processes(home / "guard.log") as guard:
+        control = coordinator.control(mark=guard.mark)
+        control.connect(coordinator.local_address, root_certificates=coordinator.ca)
+        supervisor = Supervisor(
+            coordinator_processes(coordinator), guard=guard, state_file=coordinator.up_state
+        )
+        keeper = Keeper(coordinator, control)
+        keeper.start()
+        logger.info("coordinator %s, listening on %s", coordinator.folder, coordinator.bind)
+        try:
+            supervisor.run(on_tick=keeper.check)
+        finally:
+            keeper.stop()
+
+
+def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
+    """Return the processes that a coordinator consists of, in the order of their start."""
+    home, bind = coordinator.flower_home, coordinator.bind
+    environment = coordinator.environment()
+    superlink = (
+        *(find_command(environment, "flower-superlink"), "--ssl-ca-certfile", str(coordinator.ca)),
+        *("--ssl-certfile", str(coordinator.certificate)),
+        *("--ssl-keyfile", str(coordinator.certificate_key)),
+        *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        *("--isolation", "process"),
+        *("--superexec-auth-secret-file", str(coordinator.superexec_secret)),
+        *("--host", bind.host, "--port", str(bind.port)),
+        *("--database", str(home / "state.db")),
+    )
+    superexec = (
+        *(find_command(environment, "flower-superexec"), "--root-certificates"),
+        *(str(coordinator.ca), "--runtime-api-address", coordinator.local_address),
+        *("--superexec-auth-secret-file", str(coordinator.superexec_secret)),
+    )
+    probed_host = _ANY_HOST.get(bind.host, bind.host)
+    of_apps = {
+        LAUNCH_VARIABLE: str(coordinator.launches),
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+    }
+    return [
+        ChildSpec(
+            name="superlink",
+            command=superlink,
+            environment=environment,
+            log_file=home / "superlink.log",
+            cwd=home,
+            probe=lambda: http_answers(probed_host, bind.port, tls=True),
+        ),
+        ChildSpec(
+            name="superexec",
+            command=superexec,
+            environment={**environment, **of_apps},
+            log_file=home / "superexec.log",
+            cwd=home,
+        ),
+    ]

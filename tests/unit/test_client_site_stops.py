@@ -1,0 +1,137 @@
+"""What stops a task at a site: time, a later round, a full disk. What is then owed, and to whom."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.ledger import Ledger
+from client.training import Workbench
+from common.errors import ConsiliumError, ExpiredError, OvertakenError
+from common.records import Envelope, Reply, Task, open_reply
+from tests.unit.hospital import Hospital, make_hospital
+
+
+@pytest.fixture
+def hospital(tmp_path: Path, tiny_model_dir: Path) -> Hospital:
+    return make_hospital(tmp_path / "north", tiny_model_dir)
+
+
+def _ask(hospital: Hospital, task: Task) -> tuple[Reply, Envelope]:
+    site = hospital.open()
+    answer = site.answer(hospital.seal(task))
+    return open_reply(answer, task=task, site="north", public_hex=site.public_key), answer
+
+
+def _rows(hospital: Hospital) -> list[Any]:
+    return Ledger(hospital.folder / "state" / "ledger.sqlite").rows("notes")
+
+
+def _stopping(error: ConsiliumError, *, at: int = 1) -> Callable[..., Any]:
+    """Training that really trains, and whose step callback raises at step `at`."""
+    whole = Workbench.train
+
+    def train(bench: Workbench, *args: Any, on_step: Callable[[int], None], **kwargs: Any) -> Any:
+        def stop(step: int) -> None:
+            on_step(step)
+            if step == at:
+                raise error
+
+        return whole(bench, *args, on_step=stop, **kwargs)
+
+    return train
+
+
+def test_a_task_whose_time_is_over_is_refused_and_charges_nothing(hospital: Hospital) -> None:
+    """A clock that is ahead looks the same: the coordinator is told by a code that it can act on."""
+    task = hospital.task()
+    answer = hospital.open().answer(hospital.seal(task), now_s=task.expires_at + 5.0)
+
+    reply = open_reply(answer, task=task, site="north", public_hex=hospital.open().public_key)
+    assert reply.error_code == "expired"
+    assert _rows(hospital) == []
+
+
+def test_training_stops_when_nobody_waits_any_more_and_may_be_asked_again(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time comes from the task and runs by a clock that nobody sets."""
+    steps: list[int] = []
+    jumps = [0.0]
+    monotonic = time.monotonic
+    monkeypatch.setattr("client.turn.time.monotonic", lambda: monotonic() + jumps[0])
+    whole = Workbench.train
+
+    def train(bench: Workbench, *args: Any, on_step: Callable[[int], None], **kwargs: Any) -> Any:
+        def watch(step: int) -> None:
+            steps.append(step)
+            jumps[0] = 1e6
+            on_step(step)
+
+        return whole(bench, *args, on_step=watch, **kwargs)
+
+    task = hospital.task()
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "train", train)
+        stopped, answer = _ask(hospital, task)
+    assert stopped.error_code == "expired"
+    assert answer.adapter == b""
+    assert len(steps) == 1
+    (row,) = _rows(hospital)
+    assert row.state == "reserved"
+
+    jumps[0] = 0.0
+    again, _ = _ask(hospital, replace(task, attempt=2))
+    assert again.error_code == ""
+    assert [(row.state, row.task_id) for row in _rows(hospital)] == [("released", task.task_id)]
+
+
+def test_a_task_that_was_overtaken_is_settled_and_never_trained_again(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = hospital.task(1), hospital.task(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "train", _stopping(OvertakenError("round 2 is here")))
+        reply, _ = _ask(hospital, first)
+    assert reply.error_code == "overtaken"
+    assert [row.state for row in _rows(hospital)] == ["reserved"]
+
+    assert _ask(hospital, second)[0].error_code == ""
+    assert [row.state for row in _rows(hospital)] == ["released", "released"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "train", _stopping(OvertakenError("it was trained"), at=0))
+        again, answer = _ask(hospital, replace(first, attempt=2))
+    assert (again.error_code, answer.adapter) == ("overtaken", b"")
+    overtaken = [e.fields for e in hospital.open().audit.entries() if e.event == "overtaken"]
+    assert [(fields["task_id"], fields["round"]) for fields in overtaken] == [(first.task_id, 1)]
+    # What it was charged for stays charged: a third round's epsilon counts all three.
+    assert len(_rows(hospital)) == 2
+
+
+def test_what_another_run_left_open_is_its_own(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "train", _stopping(ExpiredError("time is over")))
+        _ask(hospital, hospital.task(1))
+    _ask(hospital, hospital.task(2, run_uid="run-2"))
+    assert [row.state for row in _rows(hospital)] == ["reserved", "released"]
+
+
+def test_a_disk_without_room_for_the_result_costs_nothing(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = shutil.disk_usage("/")._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: full)
+        refused, _ = _ask(hospital, hospital.task())
+    assert refused.error_code == "disk"
+    assert "1,000 bytes free, and this task needs" in caplog.text
+    assert _rows(hospital) == []
+    assert _ask(hospital, hospital.task())[0].error_code == ""
