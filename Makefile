@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install dev demo test check bench-simulation bench-dp clean
+.PHONY: help install dev demo test check bench-simulation bench-dp bench-dropout chaos-long clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ demo: $(VENV)/installed ## Four simulated hospitals, the embedded model, under t
 	$(BIN)/consilium demo --force
 
 # Several processes share the cores there: one thread each, unless the caller says otherwise.
-test bench-simulation bench-dp: export OMP_NUM_THREADS ?= 1
+test bench-simulation bench-dp bench-dropout chaos-long: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev ## The whole test suite, with coverage
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
 
@@ -48,6 +48,12 @@ bench-simulation: $(VENV)/installed-dev ## Memory and time of 4, 20 and 50 inlin
 
 bench-dp: $(VENV)/installed-dev ## What a DP step costs beside a plain one, in time and memory
 	$(BIN)/python -m simulations.bench.dp --json runs/bench/dp.json
+
+bench-dropout: $(VENV)/installed-dev ## 20 sites, 30 % of which fail in each round: the loss with and without
+	$(BIN)/python -m tests.chaos.dropout
+
+chaos-long: $(VENV)/installed-dev ## kill -9 at every point and of every process, again and again: about an hour
+	$(BIN)/python -m tests.chaos.long
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

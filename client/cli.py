@@ -8,17 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from client.approval_report import approval_table, cost_table
 from client.ledger_report import ledger_table, report_ledger
 from client.sent import manifest_table
-from client.site import Site
 from client.site_config import load_site_config
 from client.up import run_site
 from common.audit_log import AuditEntry, verify_audit_log
@@ -26,14 +24,65 @@ from common.canonical import plain_json
 from common.chain import ChainHead, parse_head
 from common.cli import console, set_up_logging
 from common.config import load_run_config
+from common.enrolment import open_bundle
 from common.errors import ConfigError, PolicyError
+
+if TYPE_CHECKING:
+    from client.site import Site
 
 app = typer.Typer(no_args_is_help=True, help="One hospital's own side.")
 
+Unit = Literal["patient", "record"]
 SiteDir = Annotated[
     Path, typer.Option("--site", help="The hospital's folder, with site.toml in it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="For another program to read.")]
+
+
+@app.command()
+def init(
+    site: Annotated[Path, typer.Argument(metavar="DIR", help="The hospital's new folder.")],
+    name: Annotated[str, typer.Option(help="Its name in the federation.")],
+    declared_size: Annotated[
+        int, typer.Option(help="A public round number near the true count of units.", min=1)
+    ],
+    unit: Annotated[Unit, typer.Option(help="Who is hidden: patient or record.")] = "record",
+    patient_id: Annotated[str, typer.Option(help="The column that tells patients apart.")] = "",
+) -> None:
+    """Make a hospital's folder: keys, a commented site.toml, and the enrolment to send."""
+    from client.provisioning import ENROLMENT_FILE, init_site
+
+    made = init_site(site, name=name, declared_size=declared_size, unit=unit, patient_id=patient_id)
+    console.print(
+        f"Wrote {site}: site.toml, keys/, {ENROLMENT_FILE}. Send {ENROLMENT_FILE} to the coordinator; it "
+        f"holds public parts only.\nFingerprint, to be compared by telephone: {made.fingerprint}\n"
+        "Next: go through site.toml, and when the bundle is there: consilium client join BUNDLE --site "
+        f"{site}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def join(
+    bundle: Annotated[
+        Path, typer.Argument(help="What the coordinator sent.", exists=True, dir_okay=False)
+    ],
+    site: SiteDir = Path(),
+    yes: Annotated[bool, typer.Option("--yes", help="Fingerprints were compared.")] = False,
+) -> None:
+    """Believe the coordinator whose bundle this is, from now on and no other."""
+    from client.provisioning import join as join_coordinator
+
+    opened = open_bundle(bundle.read_bytes())
+    console.print(f"{opened.address}, fingerprint {opened.fingerprint}", soft_wrap=True)
+    if not yes:
+        typer.confirm("Has the coordinator said that this is its fingerprint?", abort=True)
+    joined = join_coordinator(site, opened)
+    console.print(
+        f"Wrote {site / 'site.toml'} and {joined.root_certificates_path}. Next: consilium client up --site "
+        f"{site}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -45,6 +94,13 @@ def up(site: SiteDir = Path()) -> None:
     console.print(f"Stopped. Logs: {site / 'state' / 'flower'}", soft_wrap=True)
 
 
+def _open(folder: Path) -> Site:
+    # Only here, because it loads torch: `up` would hold that in memory for weeks.
+    from client.site import Site
+
+    return Site.open(folder)
+
+
 @app.command()
 def approve(
     run: Annotated[str, typer.Argument(help="The run; without it, what waits is listed.")] = "",
@@ -53,7 +109,9 @@ def approve(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
 ) -> None:
     """See what a run would cost this hospital, and let it begin (policy.approval = "ask")."""
-    opened = Site.open(site)
+    from client.approval_report import approval_table
+
+    opened = _open(site)
     if not run:
         waiting = opened.approvals.waiting()
         for request in waiting:
@@ -83,7 +141,7 @@ def ledger(
     as_json: Json = False,
 ) -> None:
     """What has been spent on this hospital's data, by run and over its whole life."""
-    opened = Site.open(site)
+    opened = _open(site)
     if settle is not None:
         try:
             receipt = settle.read_bytes()
@@ -128,7 +186,7 @@ def log(
     as_json: Json = False,
 ) -> None:
     """What left this hospital, and what was refused: the receipts in its audit log."""
-    opened = Site.open(site)
+    opened = _open(site)
     # As the user wrote it, not as it was resolved.
     path = site / opened.audit.path.relative_to(opened.config.folder)
     if what:
@@ -175,8 +233,10 @@ def dry_run(
     as_json: Json = False,
 ) -> None:
     """Train one whole task here and show what would leave; nothing is sent or charged."""
+    from client.approval_report import cost_table
+
     run = load_run_config(run_file, overrides=overrides or ())
-    opened = Site.open(site)
+    opened = _open(site)
     with _steps_bar(run.train.local_steps) as on_step:
         result = opened.dry_run(run, on_step=on_step)
     local = result.local

@@ -16,15 +16,13 @@ import os
 import shutil
 import time
 import traceback
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from client.approvals import Approvals
 from client.cost import RunCost, Speeds
-from client.egress import check_adapter, check_numbers
+from client.egress import check_adapter
 from client.examples import LocalExamples
 from client.gate import Gate
 from client.ledger import Ledger, LedgerRow, Settlement
@@ -32,6 +30,7 @@ from client.noise import Entropy
 from client.outbox import Outbox, Outcome
 from client.plan import TaskPlan, plan_task
 from client.policy import check_run_uid, check_task
+from client.replies import FailedTaskError, Replies, in_words
 from client.sent import Manifest, Manifests, manifest_of
 from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
@@ -41,10 +40,7 @@ from common.adapter import AdapterState
 from common.audit_log import AuditLog
 from common.config import RunConfig
 from common.errors import (
-    ApprovalError,
-    AuditError,
     BudgetError,
-    ConsiliumError,
     DataError,
     DiskError,
     ExpiredError,
@@ -59,21 +55,16 @@ from common.receipts import Receipt, open_receipt
 from common.records import (
     Envelope,
     PrivacyRow,
-    Reply,
     SiteHeads,
     Task,
     check_not_expired,
     error_code,
     open_task,
-    reply_to,
-    seal_reply,
 )
 from common.signing import TASK_DOMAIN, SigningKey, verify_any
 
 # For the lines and entries that a task adds to the site's own files.
 _SPARE_BYTES = 1 << 20
-# A refusal may quote what was asked, whose length is the other side's choice.
-_MAX_WHY = 2000
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +99,9 @@ class Site:
         self.audit = AuditLog(state / "audit.jsonl", key)
         self.approvals = Approvals(state / "approvals")
         self.manifests = Manifests(state / "manifests")
+        self._replies = Replies(
+            config, key, ledger=self.ledger, audit=self.audit, manifests=self.manifests
+        )
         self._outbox = Outbox(state / "outbox")
         self._turn = Turn(state)
         speeds = Speeds(state / "speed.json")
@@ -144,7 +138,7 @@ class Site:
             task = open_task(envelope, public_keys=(signer,), site=self.config.site.name)
         except (SignatureError, ProtocolError) as error:
             received = hashlib.sha256(envelope.payload).hexdigest()
-            self.audit.append("refused", task_sha256=received, code=error.code, why=_said(error))
+            self.audit.append("refused", task_sha256=received, code=error.code, why=in_words(error))
             raise
         try:
             check_not_expired(task, now_s=now_s)
@@ -152,16 +146,18 @@ class Site:
             ends_s = time.monotonic() + task.expires_at - now_s
             check_run_uid(task.run_uid)
             if task.kind == "describe":
-                return self._seal(task, self._describe(task, signer))
+                return self._replies.seal(task, self._describe(task, signer))
             outcome, privacy = self._train(task, envelope.adapter, signer, ends_s=ends_s)
-            return self._seal(task, outcome.numbers, adapter=outcome.adapter, privacy=privacy)
+            return self._replies.seal(
+                task, outcome.numbers, adapter=outcome.adapter, privacy=privacy
+            )
         except Exception as error:
             if is_disk_full(error):
                 error = DiskError(
                     f"a disk is full, that of {self.config.folder} or of temporary files; free some space, "
                     "and the task goes on when it is asked again"
                 )
-            return self._refuse(task, error)
+            return self._replies.refuse(task, error)
 
     def dry_run(self, run: RunConfig, *, on_step: Callable[[int], None]) -> DryRun:
         """Return what one task of a run would give: nothing is sent or charged, and no result kept.
@@ -262,7 +258,7 @@ class Site:
                 outcome = self._train_once(task, plan, adapter, on_step=on_step)
             self.ledger.release(task.task_id)
         if outcome.failure:
-            raise _FailedTaskError(outcome.failure)
+            raise FailedTaskError(outcome.failure)
         # The file may have been exchanged since it was written.
         check_adapter(outcome.adapter, shape=shape, max_norm=self.config.policy.max_adapter_norm)
         return outcome, _privacy_row(plan, rows=self._gate.own_rows(task.run_uid))
@@ -312,7 +308,7 @@ class Site:
         except Exception as error:
             if is_disk_full(error):
                 raise
-            logger.error("task %s failed: %s", task.task_id[:12], _said(error))
+            logger.error("task %s failed: %s", task.task_id[:12], in_words(error))
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.debug("where task %s failed:\n%s", task.task_id[:12], frames)
             trained = Outcome(b"", {}, failure=error_code(error))
@@ -344,75 +340,6 @@ class Site:
             ledger=asdict(self.ledger.head()),
         )
 
-    def _refuse(self, task: Task, error: Exception) -> Envelope:
-        """Return the reply to a task that was refused or failed; the reason stays here."""
-        code = error.failure if isinstance(error, _FailedTaskError) else error_code(error)
-        correlation_id, text = uuid.uuid4().hex[:12], _said(error)
-        if isinstance(error, ApprovalError):
-            correlation_id = ""
-            # On record already, and asked again every few seconds.
-            logger.info("%s", text)
-        else:
-            logger.error("task refused or failed [%s]: %s", correlation_id, text)
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.debug("where [%s]:\n%s", correlation_id, frames)
-            self.audit.append(
-                "refused",
-                task_sha256=task.sha256,
-                code=code,
-                why=text,
-                correlation_id=correlation_id,
-            )
-        return seal_reply(
-            self._reply(task, error_code=code, correlation_id=correlation_id), self._key
-        )
-
-    def _seal(
-        self,
-        task: Task,
-        numbers: Mapping[str, float],
-        *,
-        adapter: bytes = b"",
-        privacy: PrivacyRow | None = None,
-    ) -> Envelope:
-        """Write the receipt of what is about to leave, then sign it."""
-        policy = self.config.policy
-        numbers = check_numbers(
-            numbers, released=policy.release_metrics, digits=policy.metric_digits
-        )
-        manifest = manifest_of(adapter, numbers=numbers, privacy=privacy)
-        self.audit.append(
-            "sent",
-            task_sha256=task.sha256,
-            run=task.run_uid,
-            round=task.server_round,
-            manifest=self.manifests.store(manifest),
-            adapter_digest=manifest.adapter_digest,
-            size_bytes=len(adapter),
-            tensors=len(manifest.tensors),
-            numbers=dict(numbers),
-            privacy=None if privacy is None else asdict(privacy),
-        )
-        logger.info(
-            "run %s round %d: reply of %d adapter bytes",
-            task.run_uid,
-            task.server_round,
-            len(adapter),
-        )
-        digest = manifest.adapter_digest
-        reply = self._reply(task, numbers=numbers, adapter_digest=digest, privacy=privacy)
-        return seal_reply(reply, self._key, adapter=adapter)
-
-    def _reply(self, task: Task, **content: Any) -> Reply:
-        try:
-            heads = SiteHeads(self.ledger.head(), self.audit.head())
-        except (BudgetError, AuditError):
-            # A damaged ledger or log is itself a reason to refuse, and to say so by its code.
-            if not content.get("error_code"):
-                raise
-            heads = None
-        return reply_to(task, site=self.config.site.name, heads=heads, **content)
-
 
 def _check_not_answered(row: LedgerRow | None) -> None:
     if row is not None and row.state == "released":
@@ -437,17 +364,3 @@ def _privacy_row(plan: TaskPlan, *, rows: Sequence[LedgerRow]) -> PrivacyRow:
         sample_rate=1.0 if dp is None else dp.sample_rate,
         steps=sum(row.steps.steps for row in rows),
     )
-
-
-class _FailedTaskError(Exception):
-    """A task whose one answer is that it failed. failure: the code that leaves."""
-
-    def __init__(self, failure: str) -> None:
-        super().__init__(f"training failed ({failure}); that is this task's one answer")
-        self.failure = failure
-
-
-def _said(error: Exception) -> str:
-    """An error in words: a third party's message may quote a record, its type and our own do not."""
-    ours = isinstance(error, ConsiliumError | _FailedTaskError)
-    return str(error)[:_MAX_WHY] if ours else type(error).__name__

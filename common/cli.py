@@ -53,7 +53,12 @@ def build_app() -> typer.Typer:
 
         typer.echo(digest_model(path))
 
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    # A group that is named is all that this command line needs: others would load torch for nothing.
+    named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    for entry in (
+        [entries[named]] if named in entries else [entries[name] for name in sorted(entries)]
+    ):
         group = entry.load()
         if isinstance(group, typer.Typer):
             app.add_typer(group, name=entry.name)

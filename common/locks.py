@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # A look at a lock takes it for a moment: whoever wants it must not mistake that for a holder.
@@ -35,8 +35,10 @@ def hold_lock(path: Path, *, wait_s: float = _LOOKS_END_S) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 raise LockHeldError(path, _read_pid(descriptor))
             time.sleep(0.02)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        # Who holds it is a courtesy: a full disk must not keep anybody from it.
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -21,6 +21,8 @@ TASK_DOMAIN = b"consilium/task/1"
 REPLY_DOMAIN = b"consilium/reply/1"
 AUDIT_DOMAIN = b"consilium/audit/1"
 RECEIPT_DOMAIN = b"consilium/receipt/1"
+ENROLMENT_DOMAIN = b"consilium/enrolment/1"
+BUNDLE_DOMAIN = b"consilium/bundle/1"
 
 
 class SigningKey:

@@ -14,6 +14,9 @@ from server.roster import Roster
 from server.run import RunPlan, prepare_run, run_federation
 from server.run_folder import open_run_folder
 
+# Each may hold one adapter in memory.
+_PULL_THREADS = 4
+
 app = ServerApp()
 
 
@@ -36,5 +39,6 @@ def main(grid: Grid, context: Context) -> None:
         prepared=prepared,
         audit=CoordinatorAudit(key_path.parent, key),
         resume=launch.resume,
+        pull_threads=_PULL_THREADS,
     )
     run_federation(grid, plan)

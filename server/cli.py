@@ -19,17 +19,22 @@ from common.canonical import plain_json
 from common.chain import parse_head
 from common.cli import INTERRUPTED, console, set_up_logging
 from common.config import load_run_config
-from common.errors import exit_code_of
+from common.enrolment import fingerprint, open_enrolment
+from common.errors import ConfigError, exit_code_of
 from common.files import write_atomically
 from common.receipts import seal_receipt
 from common.records import SiteHeads
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
 from server.coordinator import Coordinator, load_coordinator
+from server.exclusions import Exclusions
 from server.following import follow_run
+from server.history import read_events
 from server.progress import RunProgress
 from server.receipt import make_receipt
 from server.run_folder import RunFolder
+from server.status import coordinator_status
+from server.status_tables import status_tables
 from server.summary_text import summary_sentences
 from server.up import run_coordinator
 
@@ -39,6 +44,66 @@ CoordinatorDir = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="The coordinator's folder: signing.pem and audit.jsonl."),
 ]
+
+
+@app.command()
+def init(
+    folder: CoordinatorDir,
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT that hospitals connect to, from outside.")
+    ],
+    bind_host: Annotated[
+        str, typer.Option(help='Listen on this instead; "0.0.0.0" is every interface.')
+    ] = "",
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name or IP address of this coordinator; may be repeated."),
+    ] = None,
+) -> None:
+    """Make a coordinator's folder: certificate authority, certificate, keys, an empty roster."""
+    from server.provisioning import init_coordinator
+
+    made = init_coordinator(folder, address=address, bind_host=bind_host, more_hosts=host or ())
+    key = SigningKey.load(made.signing_key)
+    console.print(
+        f"Wrote {folder}: coordinator.toml, tls/, signing.pem, release.pem, superexec.secret, roster.json. "
+        "Keep tls/ca.key and release.pem elsewhere when they are not needed.\n"
+        f"Fingerprint of the key that signs tasks: {fingerprint(key.public_hex)}\n"
+        f"Next: consilium server up {folder}, then consilium server enroll ENROLMENT {folder} for each "
+        "hospital",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def enroll(
+    enrolment: Annotated[
+        Path,
+        typer.Argument(help="What `consilium client init` made.", exists=True, dir_okay=False),
+    ],
+    folder: CoordinatorDir,
+    out: Annotated[Path | None, typer.Option(help="Default: bundle-SITE.json.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Fingerprints were compared.")] = False,
+) -> None:
+    """Take a hospital in, and write the bundle that it joins with. `server up` must run."""
+    from server.provisioning import enrol
+
+    opened = open_enrolment(enrolment.read_bytes())
+    coordinator = load_coordinator(folder)
+    console.print(
+        f"{opened.site}, declared size {opened.declared_size:,}, fingerprint {opened.fingerprint}",
+        soft_wrap=True,
+    )
+    if not yes:
+        typer.confirm("Has the hospital said that this is its fingerprint?", abort=True)
+    bundle = enrol(coordinator, opened)
+    out = out or Path(f"bundle-{opened.site}.json")
+    write_atomically(out, bundle)
+    console.print(
+        f"Wrote {out} and {coordinator.roster_file}: {opened.site} is enrolled. There: consilium client join "
+        f"{out.name}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -116,6 +181,20 @@ def _say(trouble: str) -> None:
 
 
 @app.command()
+def status(
+    folder: CoordinatorDir,
+    as_json: Annotated[bool, typer.Option("--json", help="For another program to read.")] = False,
+) -> None:
+    """What runs now, who is connected, how far the runs are, and what to do where something is wrong."""
+    found = coordinator_status(load_coordinator(folder))
+    if as_json:
+        typer.echo(json.dumps(plain_json(found.as_json()), indent=2, allow_nan=False))
+        return
+    for part in status_tables(found):
+        console.print(part)
+
+
+@app.command()
 def stop(folder: CoordinatorDir) -> None:
     """End the run that goes; `server run --resume` lets it go on."""
     from server.orders import stop_run
@@ -126,6 +205,34 @@ def stop(folder: CoordinatorDir) -> None:
         f"Stopped run {stopped.uid} after round {stopped.state.rounds_done} of "
         f"{stopped.state.rounds or '?'}; continue with: consilium server run RUN.toml {folder} --out "
         f"{stopped.folder.path} --resume",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def exclude(
+    site: Annotated[str, typer.Argument(help="The site's name, as the roster has it.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
+    why: Annotated[str, typer.Option(help="For whoever reads the run's folder later.")] = "",
+    undo: Annotated[bool, typer.Option("--undo", help="Let it in again.")] = False,
+) -> None:
+    """Shut a site out of a run, also while it goes: neither asked, nor waited for, nor counted."""
+    if not (run_dir / "run.toml").is_file():
+        raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
+    folder = RunFolder(run_dir, "")
+    exclusions = Exclusions(folder.exclusions)
+    if undo:
+        exclusions.remove(site)
+    else:
+        exclusions.add(site, why=why)
+        known = {name for event in read_events(folder.history) for name in event.get("sites", ())}
+        if site not in known:
+            named = ", ".join(sorted(known)) or "none so far"
+            _say(f"{site} has taken no part in this run until now; that did: {named}")
+    excluded = ", ".join(exclusions.current()) or "nobody"
+    console.print(
+        f"Wrote {folder.exclusions}: excluded {excluded}. What goes takes it up at once; it holds for later "
+        "rounds and after --resume.",
         soft_wrap=True,
     )
 
@@ -250,6 +357,10 @@ def _what(entry: AuditEntry) -> str:
     if entry.event in ("run-started", "resumed", "merged", "finished"):
         sites = f"{len(fields['sites'])} sites, " if "sites" in fields else ""
         return f"{sites}adapter {fields['adapter'][:12]}"
+    if entry.event == "excluded":
+        return ", ".join(fields["sites"]) or "nobody"
+    if entry.event == "late":
+        return f"attempt {fields['attempt']}"
     if entry.event == "receipt":
         return f"{fields['charges']} charges"
     return str(fields.get("code", ""))

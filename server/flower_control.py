@@ -67,8 +67,12 @@ class FlowerControl:
             link["insecure"] = True
         else:
             link["root-certificates"] = str(root_certificates)
-        content = {"superlink": {"default": self.connection, self.connection: link}}
-        write_atomically(self.home / "config.toml", tomli_w.dumps(content).encode())
+        settings = {"superlink": {"default": self.connection, self.connection: link}}
+        content = tomli_w.dumps(settings).encode()
+        path = self.home / "config.toml"
+        # A full disk must not keep a coordinator from starting again.
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
 
     def submit(self, app_dir: Path, overrides: Path, *, federation: str = "") -> str:
         """Submit an app and return Flower's id of the run.

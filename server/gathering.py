@@ -180,10 +180,13 @@ class Gathering:
             # Nor must who awaits approval wait for a silent node before it is asked again.
             if present >= enough or isinstance(standing, _Awaiting):
                 grace_ends = min(grace_ends, time.monotonic() + _GRACE_S)
-        sites = sorted(one.site for one in self._standing.values() if isinstance(one, Member))
+        members = [one for one in self._standing.values() if isinstance(one, Member)]
+        sites = sorted(member.site for member in members)
         if sites != self._sites:
             self._sites = sites
-            self._run.history.record("sites", sites=sites)
+            # As text: not every reader of JSON holds 64 bits.
+            by_site = {member.site: str(member.node_id) for member in members}
+            self._run.history.record("sites", sites=sites, nodes=by_site)
 
     def _task(self, deadline_s: float) -> Task:
         return Task(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # ships no types
 
-from common.errors import ConsiliumError
+from common.errors import ConsiliumError, DiskError
 from common.files import write_atomically
 from server.coordinator import Coordinator
 from server.flower_control import ControlError, FlowerControl
@@ -38,8 +38,9 @@ class KeeperTiming:
     """How long is long; the defaults are for production.
 
     backoffs_s: the pause before each resume in a row without a newly committed round; after the last
-    one the keeper gives up. start_s: until a run that Flower has not begun is submitted again; load_s: until
-    one whose ServerApp lives but has not taken up the run is.
+    one the keeper gives up. A full disk is waited for at the last one's pace, without end.
+    start_s: until a run that Flower has not begun is submitted again; load_s: until one whose ServerApp
+    lives but has not taken up the run is.
     """
 
     look_every_s: float = 2.0
@@ -192,8 +193,10 @@ class Keeper:
     def _plan_resume(self, run: AskedRun, submission: Submission, reason: str) -> None:
         """Set the time of the next try, or give up."""
         went_on = run.state.rounds_done > submission.rounds_done
+        # Nobody mends a full disk within minutes at night, and it is no fault of the run.
+        patient = run.state.kind == "stopped" and run.state.code == DiskError.code
         resumes = submission.resumes
-        if run.uid not in self._dead:
+        if run.uid not in self._dead and not patient:
             resumes = 1 if went_on else submission.resumes + 1
         self._save_log(submission)
         self._remember(
@@ -210,7 +213,7 @@ class Keeper:
             logger.error("giving up run %s: %s", run.uid, message)
             History(run.folder.history).record("gave-up", code="engine", message=message)
             return
-        wait_s = backoffs[max(0, resumes - 1)]
+        wait_s = backoffs[-1] if patient else backoffs[max(0, resumes - 1)]
         self._resume_at[run.uid] = time.monotonic() + wait_s
         logger.warning(
             "run %s: %s; resuming it in %g s (try %d of %d without a new round)",

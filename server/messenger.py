@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _MESSAGE_TYPES = {"describe": MessageType.QUERY, "train": MessageType.TRAIN}
 _POLL_S = 0.25
 _MAX_POLL_S = 2.0
+# So long the others wait for one that takes its time to arrive.
+_FETCH_S = 1.0
 # A SuperNode takes a few seconds from its start to its first question: shorter gaps are none.
 _LOOK_AT_NODES_S = 3.0
 _T = TypeVar("_T")
@@ -56,7 +59,9 @@ class Messenger:
     """One coordinator's line to its nodes.
 
     patience_s: how long the SuperLink may be away. on_late: is told of every reply that came when nobody
-    waited for it any more.
+    waited for it any more. pull_threads: replies that are fetched at a time. With 0 the caller's own thread
+    does it, which then waits three minutes for the rest of a reply whose SuperNode died while sending it:
+    so long Flower holds the door open.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Messenger:
         *,
         patience_s: float = 90.0,
         on_late: Callable[[Sent], None] = _ignore,
+        pull_threads: int = 0,
     ) -> None:
         self._grid = grid
         self._patience_s = patience_s
@@ -72,6 +78,11 @@ class Messenger:
         # By Flower's message id.
         self._waiting: dict[str, Sent] = {}
         self._given_up: dict[str, Sent] = {}
+        # By node: who is gone and has nothing to answer any more, but may come back.
+        self._awaited: dict[int, Sent] = {}
+        self._pool = ThreadPoolExecutor(pull_threads, "pull") if pull_threads else None
+        # By message id: what is being fetched.
+        self._fetching: dict[str, Future[list[Message]]] = {}
 
     def node_ids(self) -> list[int]:
         """Return the nodes that are connected now, sorted."""
@@ -119,11 +130,11 @@ class Messenger:
         gone: set[int] = set()
         look_at_s, pause_s = time.monotonic() + _LOOK_AT_NODES_S, _POLL_S
         try:
-            while self._waiting:
+            while self._waiting or self._awaited:
                 arrived = self._pull()
                 yield from self._take(arrived)
                 left_s = min(deadline, stop_at()) - time.monotonic()
-                if not self._waiting or left_s <= 0:
+                if not (self._waiting or self._awaited) or left_s <= 0:
                     return
                 if time.monotonic() >= look_at_s:
                     yield from self._returned(gone)
@@ -134,9 +145,21 @@ class Messenger:
         finally:
             self._given_up.update(self._waiting)
             self._waiting.clear()
+            self._awaited.clear()
+
+    def await_return(self, sent: Sent) -> bool:
+        """Let `answers` go on until a node that is gone comes back; False if it is there.
+
+        For a task of which Flower has said that its node could not answer it.
+        """
+        if sent.node_id in self.node_ids():
+            return False
+        self._awaited[sent.node_id] = sent
+        return True
 
     def forget(self, node_id: int) -> None:
         """Wait no longer for what a node was sent."""
+        self._awaited.pop(node_id, None)
         for message_id, sent in list(self._waiting.items()):
             if sent.node_id == node_id:
                 self._given_up[message_id] = self._waiting.pop(message_id)
@@ -156,16 +179,15 @@ class Messenger:
     def _returned(self, gone: set[int]) -> Iterator[Answer]:
         """Yield what was sent to nodes that are there again; note in `gone` those that are not."""
         online = set(self.node_ids())
-        for sent in list(self._waiting.values()):
-            if sent.node_id not in online:
-                if sent.node_id not in gone:
-                    logger.warning("%s is not connected", sent.task.site or f"node {sent.node_id}")
-                gone.add(sent.node_id)
-        for node in sorted(gone & online):
+        # Of several that a node was sent, the last.
+        expected = {sent.node_id: sent for sent in self._waiting.values()} | self._awaited
+        for node in sorted(expected.keys() - online - gone):
+            logger.warning("%s is not connected", expected[node].task.site or f"node {node}")
+        gone |= (expected.keys() - online) | self._awaited.keys()
+        for node in sorted(gone & online & expected.keys()):
             gone.discard(node)
-            waiting = [sent for sent in self._waiting.values() if sent.node_id == node]
-            if waiting:
-                yield Answer(waiting[-1], None)
+            self._awaited.pop(node, None)
+            yield Answer(expected[node], None)
 
     def _pull(self) -> list[Message]:
         """Return what has come, also of what was given up: the SuperLink keeps it until it is pulled."""
@@ -174,7 +196,21 @@ class Messenger:
             if now_s > sent.until_s:
                 del self._given_up[message_id]
         ids = [*self._waiting, *self._given_up]
-        return self._patiently(lambda: list(self._grid.pull_messages(ids)))
+        if self._pool is None:
+            return self._fetch(ids)
+        for message_id in ids:
+            if message_id not in self._fetching:
+                self._fetching[message_id] = self._pool.submit(self._fetch, [message_id])
+        wait(self._fetching.values(), timeout=_FETCH_S)
+        arrived = []
+        for message_id, fetched in list(self._fetching.items()):
+            if fetched.done():
+                del self._fetching[message_id]
+                arrived += fetched.result()
+        return arrived
+
+    def _fetch(self, message_ids: list[str]) -> list[Message]:
+        return self._patiently(lambda: list(self._grid.pull_messages(message_ids)))
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
         """Repeat a call that the SuperLink could not answer, for at most `patience_s`."""

@@ -36,8 +36,9 @@ from server.evaluation import evaluate, load_central_examples
 from server.exclusions import Exclusions
 from server.export import export_adapter
 from server.history import History, Listener
+from server.open_round import RoundReplies
 from server.roster import Roster
-from server.rounds import Federation, RoundReplies
+from server.rounds import Federation
 from server.run_context import RunContext
 from server.run_folder import RunFolder
 from server.summary import (
@@ -69,7 +70,8 @@ class RunPlan:
     """Everything that a run at the coordinator starts from.
 
     resume: continue from the newest checkpoint in `folder`, if there is one. audit: of the coordinator,
-    not of the run: it lies beside the key and outlives the run's folder.
+    not of the run: it lies beside the key and outlives the run's folder. pull_threads: how many replies are
+    fetched at a time, see `Messenger`; 0 where fetching one is what trains it.
     """
 
     config: RunConfig
@@ -79,6 +81,7 @@ class RunPlan:
     prepared: PreparedRun
     audit: CoordinatorAudit
     resume: bool = False
+    pull_threads: int = 0
 
 
 def prepare_run(
@@ -179,7 +182,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         history.record("base", **summary["central"]["base"])
     wall_before_s = float(summary["wall_s"])
 
-    federation = Federation(grid, context, shape=shape)
+    federation = Federation(grid, context, shape=shape, pull_threads=plan.pull_threads)
     for server_round in range(done + 1, config.train.rounds + 1):
         if _is_over(summary, config):
             break

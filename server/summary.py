@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.metrics import LanguageMetrics
-from server.rounds import RoundReplies
+from server.open_round import RoundReplies
 
 Summary = dict[str, Any]
 

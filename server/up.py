@@ -57,6 +57,11 @@ def _run(coordinator: Coordinator) -> None:
             keeper.stop()
 
 
+def probed_host(coordinator: Coordinator) -> str:
+    """Return the host at which the SuperLink is asked whether it lives."""
+    return _ANY_HOST.get(coordinator.bind.host, coordinator.bind.host)
+
+
 def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
     """Return the processes that a coordinator consists of, in the order of their start."""
     home, bind = coordinator.flower_home, coordinator.bind
@@ -76,7 +81,7 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
         *(str(coordinator.ca), "--runtime-api-address", coordinator.local_address),
         *("--superexec-auth-secret-file", str(coordinator.superexec_secret)),
     )
-    probed_host = _ANY_HOST.get(bind.host, bind.host)
+    host = probed_host(coordinator)
     of_apps = {
         LAUNCH_VARIABLE: str(coordinator.launches),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
@@ -88,7 +93,7 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
             environment=environment,
             log_file=home / "superlink.log",
             cwd=home,
-            probe=lambda: http_answers(probed_host, bind.port, tls=True),
+            probe=lambda: http_answers(host, bind.port, tls=True),
         ),
         ChildSpec(
             name="superexec",

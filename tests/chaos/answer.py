@@ -28,6 +28,7 @@ from transformers.models.llama import modeling_llama
 from client.gate import Gate
 from client.ledger import Ledger
 from client.outbox import Outbox
+from client.replies import Replies
 from client.site import Site
 from client.training import Workbench
 from common.records import Envelope
@@ -63,7 +64,7 @@ PHASES: dict[str, Callable[..., Any]] = {
     "train": Workbench.train,
     "store": Outbox.store,
     "release": Ledger.release,
-    "seal": Site._seal,
+    "seal": Replies.seal,
     "send": hand_over,
 }
 

@@ -1,7 +1,7 @@
 """A coordinator and two hospitals by the product's own commands, in which anything can be killed.
 
 with ChaosFederation(folder) as federation:
-    federation.begin()
+    federation.order_run()
     kill = federation.kill_at("in-merge")
     federation.recovered(kill)
 """
@@ -21,6 +21,7 @@ from typing import Any, Self
 import psutil  # type: ignore[import-untyped]  # ships no types
 
 from common.config import Scalar
+from server.run_state import run_state
 from tests.chaos.checks import Findings, Trail, check_trail
 from tests.chaos.points import VARIABLE, arm, disarm, environment, kills
 from tests.integration.commands import Commands, write_federation
@@ -79,6 +80,10 @@ class TimeoutExpiredError(AssertionError):
     """Something did not happen in time; the text ends with the tails of all logs."""
 
 
+class OverError(AssertionError):
+    """The run, or who keeps it going, has ended for good; the text ends with the tails of all logs."""
+
+
 class ChaosFederation:
     """The folder, the processes, and what was committed so far."""
 
@@ -96,7 +101,7 @@ class ChaosFederation:
         try:
             self._commands.up("server")
             self._commands.wait_for_superlink()
-            for site in self._files.sites:
+            for site in self.sites:
                 self._commands.enrol(site)
                 self._commands.up(site)
         except BaseException:
@@ -107,15 +112,19 @@ class ChaosFederation:
     def __exit__(self, *_: object) -> None:
         self._commands.__exit__(None, None, None)
 
-    def begin(self) -> None:
-        """Ask for the run, and wait for its first round."""
+    def order_run(self) -> None:
+        """Ask for the run."""
         code, output = self._commands.run(
             *("server", "run", str(self._files.run_file), str(self._files.coordinator)),
             *("--out", str(self.run_dir), "--detach"),
             timeout_s=_UP_TIMEOUT_S,
         )
         assert code == 0, output
-        self.wait_until(lambda: self.rounds(), "the first round", RECOVERY_TIMEOUT_S)
+
+    @property
+    def sites(self) -> list[str]:
+        """The hospitals' names."""
+        return self._files.sites
 
     def events(self) -> list[dict[str, Any]]:
         """The run's history."""
@@ -125,28 +134,29 @@ class ChaosFederation:
         """The committed rounds, as the history tells them."""
         return [event for event in self.events() if event["event"] == "round"]
 
-    def kill_at(self, point: str, **narrowing: Any) -> Kill:
+    def kill_at(self, point: str, *, timeout_s: float = KILL_TIMEOUT_S, **narrowing: Any) -> Kill:
         """Arm a point and wait until somebody has died of it."""
         before = len(kills(self.chaos, point))
         arm(self.chaos, point, **narrowing)
         try:
             self.wait_until(
-                lambda: len(kills(self.chaos, point)) > before, f"a kill at {point}", KILL_TIMEOUT_S
+                lambda: len(kills(self.chaos, point)) > before, f"a kill at {point}", timeout_s
             )
         except TimeoutExpiredError:
             disarm(self.chaos, point)
             raise
         death = kills(self.chaos, point)[-1]
-        # Committed before it: what the kill itself left to be told by the next ServerApp is not.
-        rounds = [event for event in self.rounds() if event["time"] <= death["time"]]
-        return Kill(point, int(death["pid"]), float(death["time"]), len(rounds))
+        rounds = sum(event["time"] <= death["time"] for event in self.rounds())
+        # That round is safe, and only has to be told.
+        rounds += point == "after-checkpoint-rename"
+        return Kill(point, int(death["pid"]), float(death["time"]), rounds)
 
-    def kill_process(self, name: str, rng: random.Random) -> Kill:
-        """Kill a process from outside, one of either hospital where both have it."""
+    def kill_process(self, name: str, rng: random.Random, *, site: str = "") -> Kill:
+        """Kill a process from outside, of one hospital or the other where both have it."""
         found: list[psutil.Process] = []
 
         def is_there() -> bool:
-            found[:] = self.processes(name)
+            found[:] = self.processes(name, site=site)
             return bool(found)
 
         self.wait_until(is_there, f"a {name} to kill", KILL_TIMEOUT_S)
@@ -189,10 +199,10 @@ class ChaosFederation:
         times = [event["time"] for event in self.rounds()[-2:]]
         return float(times[-1] - times[0])
 
-    def processes(self, name: str) -> list[psutil.Process]:
-        """The living processes of a kind that this federation started."""
+    def processes(self, name: str, *, site: str = "") -> list[psutil.Process]:
+        """The living processes of a kind that this federation started. site: "" is every hospital."""
         kind = PROCESSES[name]
-        sides = ["server"] if kind.side == "server" else self._files.sites
+        sides = ["server"] if kind.side == "server" else [site] if site else self.sites
         found = []
         for side in sides:
             for process in self._commands.processes(side):
@@ -222,7 +232,7 @@ class ChaosFederation:
 
     def check(self) -> Findings:
         """Compare all files that are left."""
-        sites = {name: self._files.site(name) for name in self._files.sites}
+        sites = {name: self._files.site(name) for name in self.sites}
         return check_trail(Trail(self.run_dir, self._files.coordinator, sites))
 
     def tails(self) -> str:
@@ -230,12 +240,18 @@ class ChaosFederation:
         return self._commands.tails()
 
     def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float) -> None:
-        """Return once a condition holds. Raises TimeoutExpiredError, or AssertionError when all is over."""
+        """Return once a condition holds. Raises TimeoutExpiredError, or OverError when it never will."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             ended = [name for name, up in self._commands.ups.items() if up.poll() is not None]
             if ended:
-                raise AssertionError(f"{', '.join(ended)} ended; awaited: {what}\n{self.tails()}")
+                raise OverError(f"{', '.join(ended)} ended; awaited: {what}\n{self.tails()}")
+            state = run_state(self.events(), held=False)
+            if state.is_over:
+                raise OverError(
+                    f"the run is over, {state.kind} ({state.code}: {state.message}); awaited: {what}\n"
+                    f"{self.tails()}"
+                )
             if time.monotonic() > deadline:
                 raise TimeoutExpiredError(f"not within {timeout_s:g} s: {what}\n{self.tails()}")
             time.sleep(0.25)

@@ -114,13 +114,17 @@ def _wrap_upload(module: ModuleType, hit: Hit) -> None:
     """
     original = module.push_object_contents_from_iterable
 
-    def push_all(contents: Iterable[tuple[str, bytes]], push: Any, **named: Any) -> Any:
+    def push_all(
+        contents: Iterable[tuple[str, bytes]],
+        push_object_fn: Callable[[str, bytes], None],
+        **named: Any,
+    ) -> Any:
         if not hit.armed():  # type: ignore[attr-defined]
-            return original(contents, push, **named)
+            return original(contents, push_object_fn, **named)
         whole = list(contents)
 
         def push_one(object_id: str, content: bytes) -> None:
-            push(object_id, content)
+            push_object_fn(object_id, content)
             if len(whole) > 4:
                 hit(objects=len(whole), size_bytes=sum(len(item) for _, item in whole))
 
@@ -252,7 +256,7 @@ def disarm(folder: str | os.PathLike[str], point: str) -> bool:
 def kills(folder: str | os.PathLike[str], point: str) -> list[dict[str, Any]]:
     """Return what those who died at a point wrote, oldest first."""
     killed = os.path.join(folder, "killed")
-    found = []
+    found: list[dict[str, Any]] = []
     while os.path.exists(path := os.path.join(killed, f"{point}-{len(found) + 1}.json")):
         with open(path) as file:
             text = file.read()

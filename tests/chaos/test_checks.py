@@ -13,6 +13,7 @@ import pytest
 
 from client.ledger import Ledger
 from common.audit_log import AuditLog, read_audit_log
+from common.config import Scalar
 from common.signing import SigningKey
 from tests.chaos.checks import Trail, check_trail
 from tests.unit.scenarios import run, site_names, write_scenario
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.chaos
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     """The folder of a run of two rounds with differential privacy; read only."""
     folder = tmp_path_factory.mktemp("checks")
-    private = {"privacy.unit": "record", "privacy.noise-multiplier": 1.0}
+    private: dict[str, Scalar] = {"privacy.unit": "record", "privacy.noise-multiplier": 1.0}
     scenario = write_scenario(folder / "scenario", tiny_model_dir, changes=private)
     run(scenario, folder / "run")
     return folder

@@ -148,7 +148,7 @@ def test_an_upload_stops_between_its_first_object_and_its_last(tmp_path: Path) -
         "    time.sleep(0.2 if object_id != 'a' else 0)\n"
         "    print(object_id, flush=True)\n"
         "ids = sys.argv[1]\n"
-        "flower.push_object_contents_from_iterable(((i, b'x') for i in ids), push)\n"
+        "flower.push_object_contents_from_iterable(((i, b'x') for i in ids), push_object_fn=push)\n"
     )
     arm(tmp_path, "mid-upload")
     small = _python(tmp_path, code, "abc")

@@ -14,8 +14,11 @@ from cryptography.x509.oid import NameOID
 _DAY = datetime.timedelta(days=1)
 
 
-def write_server_certificates(folder: Path) -> tuple[Path, Path, Path]:
-    """Make a CA and a server certificate for localhost; return (ca.crt, server.crt, server.key)."""
+def write_server_certificates(folder: Path, *, host: str = "127.0.0.1") -> tuple[Path, Path, Path]:
+    """Make a CA and a server certificate for localhost and an IP address `host`.
+
+    Returns (ca.crt, server.crt, server.key).
+    """
     ca_key = ec.generate_private_key(ec.SECP384R1())
     server_key = ec.generate_private_key(ec.SECP384R1())
     ca_name = _name("Consilium test CA")
@@ -38,7 +41,11 @@ def write_server_certificates(folder: Path) -> tuple[Path, Path, Path]:
         .add_extension(ca_id, critical=False)
         .sign(ca_key, hashes.SHA384())
     )
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    addresses = sorted({"127.0.0.1", host})
+    names = [
+        x509.DNSName("localhost"),
+        *(x509.IPAddress(ipaddress.ip_address(address)) for address in addresses),
+    ]
     authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id)
     server = (
         _builder(_name("localhost"), ca_name, server_key.public_key())

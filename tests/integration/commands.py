@@ -57,18 +57,33 @@ class Federation:
         return self.lab.sites / name
 
 
-def write_federation(folder: Path, changes: dict[str, Scalar] | None = None) -> Federation:
-    """Write what `server init`, `client init` and enrolment would."""
+def write_federation(
+    folder: Path, changes: dict[str, Scalar] | None = None, *, host: str = "127.0.0.1"
+) -> Federation:
+    """Write what `server init`, `client init` and enrolment would.
+
+    host: the IP address at which hospitals reach the coordinator.
+    """
     settings = {"model.name": str(embedded_model_dir()), **(changes or {})}
     lab = make_lab(folder, settings)
     port = free_port()
-    address = f"127.0.0.1:{port}"
+    address = f"{host}:{port}"
     tls = lab.launch_dir / "tls"
     tls.mkdir()
-    write_server_certificates(tls)
+    write_server_certificates(tls, host=host)
     (lab.launch_dir / "superexec.secret").write_bytes(secrets.token_bytes(32))
     (lab.launch_dir / "coordinator.toml").write_text(
-        tomli_w.dumps({"server": {"address": address}})
+        tomli_w.dumps(
+            {
+                "server": {
+                    "address": address,
+                    "bind-host": "0.0.0.0",
+                    "local-address": f"127.0.0.1:{port}",
+                }
+            }
+            if host != "127.0.0.1"
+            else {"server": {"address": address}}
+        )
     )
     for name in lab.roster:
         home = lab.sites / name
@@ -93,6 +108,8 @@ class Commands:
     def __init__(self, federation: Federation) -> None:
         self.federation = federation
         self.ups: dict[str, subprocess.Popen[bytes]] = {}
+        # By who is kept up: what stands before the command, to run it in a network of its own.
+        self.prefix: dict[str, list[str]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -129,7 +146,7 @@ class Commands:
         log_file = self.federation.lab.folder / f"{who}.log"
         with log_file.open("ab") as log:
             self.ups[who] = subprocess.Popen(
-                [CONSILIUM, *self.arguments(who)],
+                [*self.prefix.get(who, []), CONSILIUM, *self.arguments(who)],
                 env=self._environment,
                 cwd=self.federation.lab.folder,
                 stdin=subprocess.DEVNULL,

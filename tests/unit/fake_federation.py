@@ -54,7 +54,7 @@ class FakeClock:
 
     def install(self, patch: pytest.MonkeyPatch) -> FakeClock:
         """Make what talks to sites live by this clock."""
-        for module in ("messenger", "gathering", "rounds"):
+        for module in ("messenger", "gathering", "rounds", "open_round"):
             patch.setattr(f"server.{module}.time", self)
         return self
 

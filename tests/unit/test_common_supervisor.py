@@ -143,7 +143,9 @@ def test_back_off_doubles_up_to_its_end(room: Room) -> None:
 
 
 def test_a_child_that_stayed_up_starts_again_at_the_first_back_off(room: Room) -> None:
-    timing = replace(FAST, settled_s=0.5, max_quick_deaths=2, first_backoff_s=0.2)
+    timing = replace(
+        FAST, settled_s=0.5, max_quick_deaths=2, first_backoff_s=0.2, max_backoff_s=9.0
+    )
     with supervised(room, room.noting("steady", "time.sleep(0.8)"), timing=timing):
         wait_until(lambda: len(room.starts("steady")) >= 5)
     starts = room.starts("steady")

@@ -21,6 +21,8 @@ from common.records import PrivacyRow, Task, reply_to
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit
 from server.cli import app
+from server.exclusions import Exclusions
+from server.history import History
 from tests.unit.fake_federation import HEADS
 
 KEY = SigningKey.generate()
@@ -212,3 +214,37 @@ def test_no_receipt_is_written_for_a_stranger(folder: Path, tmp_path: Path) -> N
         _raised(_run("receipt", "rome", folder, "--out", out))
     assert not out.exists()
     assert _lines(folder)[-1].event == "checkpoint"
+
+
+# Excluding a site
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.toml").touch()
+    History(folder / "history.jsonl").record("sites", sites=["bern", "oslo"])
+    return folder
+
+
+def test_a_site_is_shut_out_and_let_in_again_by_command(run_dir: Path) -> None:
+    exclusions = Exclusions(run_dir / "excluded.json")
+    result = _run("exclude", "bern", run_dir, "--why", "its data set is being corrected")
+    assert "excluded bern" in result.output
+    assert "has taken no part" not in result.output
+    assert exclusions.current()["bern"].why == "its data set is being corrected"
+    assert "excluded nobody" in _run("exclude", "bern", run_dir, "--undo").output
+    assert exclusions.current() == {}
+
+
+def test_a_name_that_took_no_part_is_said_to_beside_those_that_did(run_dir: Path) -> None:
+    output = _run("exclude", "Bern", run_dir).output
+    assert "Bern has taken no part in this run until now; that did: bern, oslo" in output
+
+
+def test_excluding_from_a_folder_without_a_run_is_an_error_in_words(tmp_path: Path) -> None:
+    result = _run("exclude", "bern", tmp_path)
+    assert isinstance(result.exception, ConfigError)
+    assert "holds no run; give the folder that --out named" in str(result.exception)
+    assert not (tmp_path / "excluded.json").exists()

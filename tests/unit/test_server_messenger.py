@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import httpx
@@ -217,3 +218,55 @@ def test_other_errors_are_not_retried(clock: FakeClock) -> None:
     with pytest.raises(ValueError, match="a bug"):
         _messenger(grid).node_ids()
     assert clock.now_s == 1000.0
+
+
+class _HalfSentGrid(FakeGrid):
+    """A grid that holds whoever fetches the reply of node 3, as Flower does while it is incomplete."""
+
+    def __init__(self, whole: threading.Event) -> None:
+        handlers: dict[int, Callable[[Message], Message | None]] = {2: empty_reply, 3: empty_reply}
+        super().__init__(handlers, clock=FakeClock())
+        self._whole = whole
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if "m2" in message_ids:
+            assert self._whole.wait(30.0)
+        return super().pull_messages(message_ids)
+
+
+def test_a_reply_that_is_half_there_holds_up_no_other() -> None:
+    whole = threading.Event()
+    messenger = Messenger(cast(Grid, _HalfSentGrid(whole)), pull_threads=2)
+    messenger.send(_tasks(2, 3), ttl_s=60)
+    answers = messenger.answers(deadline_s=20)
+    assert next(answers).sent.node_id == 2
+    assert not whole.is_set()
+    whole.set()
+    assert [answer.sent.node_id for answer in answers] == [3]
+
+
+def test_nor_does_it_hold_up_the_deadline() -> None:
+    whole = threading.Event()
+    late: list[int] = []
+    messenger = Messenger(
+        cast(Grid, _HalfSentGrid(whole)),
+        pull_threads=2,
+        on_late=lambda sent: late.append(sent.node_id),
+    )
+    messenger.send(_tasks(2, 3), ttl_s=60)
+    assert [answer.sent.node_id for answer in messenger.answers(deadline_s=1.5)] == [2]
+    whole.set()
+    for _ in range(20):
+        messenger.send(_tasks(2), ttl_s=60)
+        assert [answer.sent.node_id for answer in messenger.answers(deadline_s=20)] == [2]
+    # An empty reply has content: it came too late, and is named.
+    assert late == [3]
+
+
+def test_an_error_in_a_fetching_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = _grid(FakeClock(), 2)
+    messenger = Messenger(cast(Grid, grid), pull_threads=2)
+    messenger.send(_tasks(2), ttl_s=60)
+    grid.failures = [ValueError("a bug")]
+    with pytest.raises(ValueError, match="a bug"):
+        list(messenger.answers(deadline_s=20))

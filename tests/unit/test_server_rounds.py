@@ -417,6 +417,42 @@ def test_a_node_that_was_only_cut_off_is_believed_whichever_answer_comes_first(
     assert room.events("late") == []
 
 
+def test_a_node_of_which_flower_says_that_it_is_gone_is_asked_when_it_is_back(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower answers for a node that is not connected, at once and every time."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [crashes, honest]})
+    room.federation.gather()
+    room.grid.delay_s = {3: 8.0}
+    monkeypatch.setattr(clock, "sleep", _Restarts(room, 3, away_s=(5.0, 20.0)).sleep)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert replies.attempts == 1
+    assert len(room.sites["bern"].tasks) == 2
+    assert [event["reason"] for event in room.events("asked-again")] == ["lost"]
+    assert room.events("refused") == []
+    assert 1028.0 <= clock.now_s < 1035.0
+
+
+def test_a_node_that_is_gone_for_good_costs_its_place_at_the_deadline(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    scripts: dict[str, list[Behaviour]] = {"oslo": [honest], "bern": [honest], "kiel": [crashes]}
+    room = Room(clock, tmp_path, scripts)
+    room.federation.gather()
+
+    def leave(message: Any) -> Any:
+        room.grid.online.discard(4)
+        return room.sites["kiel"](message)
+
+    room.grid.handlers[4] = leave
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert dict(replies.refused) == {"kiel": "silent"}
+    assert len(room.sites["kiel"].tasks) == 1
+    assert clock.now_s == pytest.approx(1060.0)
+
+
 def test_a_node_that_keeps_dying_is_not_asked_for_ever(
     clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

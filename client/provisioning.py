@@ -1,0 +1,139 @@
+"""Making a hospital's folder, and joining a coordinator: `consilium client init`, `join`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tomlkit
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from client.site_config import SITE_FILE, SiteConfig, load_site_config
+from common.enrolment import Bundle, Enrolment, seal_enrolment
+from common.errors import ConfigError
+from common.files import write_atomically
+from common.signing import load_or_generate
+
+ENROLMENT_FILE = "enrolment.json"
+
+_TEMPLATE = """\
+# What this hospital says about itself. This file is its own and never leaves it.
+# Every key and its trade-off: deploy/README.md
+
+[site]
+name = {name}
+
+[data]
+name = {data_name}           # the ledger's key: keep it when records are added
+path = "records.jsonl"       # JSONL, CSV, Parquet, or a folder of datasets' save_to_disk
+declared-size = {size}       # a public round number near the true count of units; the true one never leaves
+unit = "{unit}"              # who is hidden, for this data set's whole life: patient or record
+patient-id = {patient_id}    # the column that tells patients apart
+delta = 1e-6                 # below 1 / units
+scrub = []                   # "names", "dates", "numbers", "addresses", "emails": replaced while reading
+
+[policy]                     # the coordinator can only ask for less
+max-epsilon = 8.0            # for the data set's whole life, over all runs and coordinators
+max-delta = 1e-5
+require-dp = true
+approval = "ask"             # every run waits for `consilium client approve RUN`; or "auto"
+release-metrics = []         # "train-loss" and "train-seconds" are outside epsilon
+allowed-models = [
+  # {{ name = "llama-3b", path = "models/llama-3b", digest = "..." }},   # consilium model digest PATH
+]
+
+[coordinator]                # written by `consilium client join BUNDLE`
+public-key = []
+
+[keys]
+signing = "keys/signing.pem"
+node = "keys/node"
+"""
+
+
+def init_site(
+    folder: Path, *, name: str, declared_size: int, unit: str, patient_id: str = ""
+) -> Enrolment:
+    """Write a new hospital's folder: keys, a commented site.toml, and the enrolment to send.
+
+    The enrolment holds public parts only. Raises ConfigError when the folder holds a site already.
+    """
+    if (folder / SITE_FILE).exists():
+        raise ConfigError(
+            f"{folder} holds a site already; its enrolment is {folder / ENROLMENT_FILE}. For another site "
+            "choose another folder"
+        )
+    if unit == "patient" and not patient_id:
+        raise ConfigError("--unit patient needs --patient-id, the column that tells patients apart")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    signing = load_or_generate(folder / "keys" / "signing.pem")
+    node_key = _node_key(folder / "keys" / "node")
+    enrolment = Enrolment(name, declared_size, signing.public_hex, node_key)
+    content = _TEMPLATE.format(
+        name=_toml(name),
+        data_name=_toml(f"{name}-records"),
+        size=declared_size,
+        unit=unit,
+        patient_id=_toml(patient_id),
+    )
+    write_atomically(folder / ENROLMENT_FILE, seal_enrolment(enrolment, signing))
+    # Last: a folder without it is none, and may be made again with the same keys.
+    write_atomically(folder / SITE_FILE, content.encode(), mode=0o600)
+    return enrolment
+
+
+def join(folder: Path, bundle: Bundle) -> SiteConfig:
+    """Write a coordinator's certificate, address and key into a site's folder, keeping its comments.
+
+    Raises ConfigError when the bundle is for another site, or the site believes another coordinator.
+    """
+    path = folder / SITE_FILE
+    if not path.is_file():
+        raise ConfigError(
+            f"no {SITE_FILE} in {folder.resolve()}; make it with `consilium client init`"
+        )
+    document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    site, section = document["site"], document["coordinator"]
+    if site["name"] != bundle.site:
+        raise ConfigError(
+            f"this bundle is for site {bundle.site!r}, and {folder} is {site['name']!r}"
+        )
+    known = section.get("public-key", [])
+    if known and bundle.public_key not in ([known] if isinstance(known, str) else list(known)):
+        raise ConfigError(
+            f"{path} believes another coordinator; to take this one, remove public-key from [coordinator] "
+            "yourself, after comparing the fingerprint"
+        )
+    section["public-key"] = bundle.public_key
+    section["address"] = bundle.address
+    section["root-certificates"] = "coordinator/ca.crt"
+    (folder / "coordinator").mkdir(mode=0o700, exist_ok=True)
+    write_atomically(folder / "coordinator" / "ca.crt", bundle.root_certificate.encode())
+    before = path.read_bytes()
+    write_atomically(path, tomlkit.dumps(document).encode(), mode=0o600)
+    try:
+        return load_site_config(folder)
+    except ConfigError:
+        write_atomically(path, before, mode=0o600)
+        raise
+
+
+def _node_key(path: Path) -> str:
+    """Make the SuperNode's key, ECDSA P-384 as Flower wants it; return its public half."""
+    public = path.with_suffix(".pub")
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        write_atomically(public, key.public_key().public_bytes(*openssh) + b"\n")
+        write_atomically(path, private, mode=0o600)
+    return public.read_text(encoding="ascii").strip()
+
+
+def _toml(text: str) -> str:
+    return tomlkit.item(text).as_string()

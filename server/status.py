@@ -1,0 +1,290 @@
+"""How a coordinator is now: its processes, its nodes, its runs, and what to do where something is wrong.
+
+Processes are looked up with the system, locks are tried, the SuperLink is asked: no file is believed that
+says somebody lives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from common.errors import EngineError
+from common.flower_process import http_answers
+from common.supervisor_state import read_supervisor_state
+from server.coordinator import Coordinator
+from server.flower_control import NodeStatus
+from server.history import Event
+from server.keeper import Submission, read_submissions
+from server.run_state import BY_ORDER
+from server.runs import AskedRun, AskedRuns
+from server.up import probed_host
+
+_NODES_TIMEOUT_S = 8.0
+_ANSWER_TIMEOUT_S = 2.0
+
+# What helps against each end of a run, where its message does not say it.
+_REMEDIES = {
+    "finished": "",
+    "stopped": "let it go on with `consilium server run RUN.toml DIR --resume`",
+    "gave-up": "mend what its message names, then `consilium server run RUN.toml DIR --resume`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """A supervised process. alive: by the system's word. since: Unix seconds, of the start or the end."""
+
+    name: str
+    alive: bool
+    pid: int
+    since: float
+    restarts: int
+    last_exit_code: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """A SuperNode. site: "" while no run has heard from it. online_s: for how long now."""
+
+    # As text: not every reader of JSON holds 64 bits.
+    node: str
+    site: str
+    online: bool
+    online_s: float
+    offline_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """A run. state: waiting, running, finished, stopped or gave-up; code, message: why it ended.
+
+    round: the one that goes, else the newest committed one. sites: of that round; replied: of them.
+    refused: site -> reason, of that round and of the gathering before it. awaiting: sites whose hospital has
+    yet to approve it. epsilon: by site, as reported; null without differential privacy. checkpoint: the
+    newest. process: of the ServerApp, null when none runs. trouble: why nothing runs it now.
+    """
+
+    run: str
+    folder: str
+    state: str
+    code: str
+    message: str
+    round: int
+    rounds: int
+    sites: tuple[str, ...]
+    replied: tuple[str, ...]
+    refused: Mapping[str, str]
+    awaiting: tuple[str, ...]
+    epsilon: Mapping[str, float | None]
+    checkpoint: str
+    process: int | None
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorStatus:
+    """All of it. up: the process of `consilium server up`, null when it does not run.
+
+    nodes: null when the SuperLink does not answer. advice: what is wrong and what to do about it.
+    """
+
+    folder: str
+    time: float
+    up: int | None
+    processes: tuple[ProcessStatus, ...]
+    nodes: tuple[NodeReport, ...] | None
+    runs: tuple[RunReport, ...]
+    advice: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for another program to read."""
+        return asdict(self)
+
+
+def coordinator_status(coordinator: Coordinator) -> CoordinatorStatus:
+    """Look at everything once; it takes less than ten seconds, whatever does not answer."""
+    up = coordinator.up_pid()
+    processes = _processes(coordinator)
+    runs = AskedRuns(coordinator.launches).all()
+    nodes = _nodes(coordinator, _sites_of_nodes(runs))
+    submissions = read_submissions(coordinator.keeper_state)
+    shown = [run for run in runs if not run.state.is_over]
+    over = [run for run in runs if run.state.is_over]
+    reports = tuple(_report(run, submissions.get(run.uid)) for run in [*over[-1:], *shown])
+    return CoordinatorStatus(
+        folder=str(coordinator.folder),
+        time=round(time.time(), 3),
+        up=up,
+        processes=processes,
+        nodes=nodes,
+        runs=reports,
+        advice=tuple(_advice(coordinator, up, processes, nodes, reports)),
+    )
+
+
+def _processes(coordinator: Coordinator) -> tuple[ProcessStatus, ...]:
+    state = read_supervisor_state(coordinator.up_state)
+    return tuple(
+        ProcessStatus(
+            name=child.name,
+            alive=child.is_alive(),
+            pid=child.pid,
+            since=child.since,
+            restarts=child.restarts,
+            last_exit_code=child.last_exit_code,
+        )
+        for child in (state.children if state else ())
+    )
+
+
+def _nodes(coordinator: Coordinator, sites: Mapping[int, str]) -> tuple[NodeReport, ...] | None:
+    host, port = probed_host(coordinator), coordinator.bind.port
+    if not http_answers(host, port, tls=True, timeout_s=_ANSWER_TIMEOUT_S):
+        return None
+    try:
+        listed: Sequence[NodeStatus] = coordinator.control(timeout_s=_NODES_TIMEOUT_S).nodes()
+    except EngineError:
+        return None
+    return tuple(
+        NodeReport(
+            node=str(node.node_id),
+            site=sites.get(node.node_id, ""),
+            online=node.online,
+            online_s=node.online_s if node.online else 0.0,
+            offline_at="" if node.online else node.offline_at,
+        )
+        for node in listed
+    )
+
+
+def _sites_of_nodes(runs: Sequence[AskedRun]) -> dict[int, str]:
+    """Which site answered on which node last."""
+    sites: dict[int, str] = {}
+    for run in runs:
+        for event in run.events:
+            if event["event"] == "sites":
+                sites.update({int(node): site for site, node in event.get("nodes", {}).items()})
+    return sites
+
+
+def _report(run: AskedRun, submission: Submission | None) -> RunReport:
+    state = run.state
+    place = _place(run.events)
+    checkpoints = sorted(run.folder.checkpoints.glob("round-*"))
+    trouble = ""
+    if submission is not None and run.holder is None and not state.is_over:
+        trouble = submission.trouble
+    return RunReport(
+        run=run.uid,
+        folder=str(run.folder.path),
+        state=state.kind,
+        code=state.code,
+        message=state.message,
+        round=max(place.server_round, state.rounds_done),
+        rounds=state.rounds,
+        sites=place.sites,
+        replied=place.replied,
+        refused=place.refused,
+        awaiting=place.awaiting,
+        epsilon=place.epsilon,
+        checkpoint=str(checkpoints[-1]) if checkpoints else "",
+        process=run.holder,
+        trouble=trouble,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a run is, by its history."""
+
+    server_round: int
+    sites: tuple[str, ...]
+    replied: tuple[str, ...]
+    refused: Mapping[str, str]
+    awaiting: tuple[str, ...]
+    epsilon: Mapping[str, float | None]
+
+
+def _place(events: Sequence[Event]) -> _Place:
+    server_round = 0
+    sites: list[str] = []
+    replied: set[str] = set()
+    at_the_door: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    awaiting: set[str] = set()
+    epsilon: dict[str, float | None] = {}
+    for event in events:
+        kind = event["event"]
+        if kind in ("run-started", "resumed"):
+            at_the_door, refused, awaiting = {}, {}, set()
+        elif kind == "approval":
+            awaiting.add(event["site"])
+        elif kind == "sites":
+            awaiting -= set(event["sites"])
+        elif kind == "round-started":
+            if event["round"] != server_round:
+                replied, refused, sites = set(), {}, []
+            server_round = event["round"]
+            sites += [site for site in event["sites"] if site not in sites]
+        elif kind == "reply":
+            replied.add(event["site"])
+            refused.pop(event["site"], None)
+        elif kind == "refused":
+            awaiting.discard(event["site"])
+            (refused if event["round"] else at_the_door)[event["site"]] = event["reason"]
+        elif kind == "round":
+            epsilon = {site: row["epsilon"] for site, row in event.get("privacy", {}).items()}
+    return _Place(
+        server_round,
+        tuple(sorted(sites)),
+        tuple(sorted(replied)),
+        {**at_the_door, **refused},
+        tuple(sorted(awaiting)),
+        epsilon,
+    )
+
+
+def _advice(
+    coordinator: Coordinator,
+    up: int | None,
+    processes: Sequence[ProcessStatus],
+    nodes: Sequence[NodeReport] | None,
+    runs: Sequence[RunReport],
+) -> list[str]:
+    """Say what is wrong and what to do, the most pressing first."""
+    said = []
+    if up is None:
+        said.append(f"nothing runs; start it: consilium server up {coordinator.folder}")
+    else:
+        for one in processes:
+            if not one.alive:
+                said.append(
+                    f"{one.name} is down and will be started again; if it stays down, read "
+                    f"{coordinator.flower_home / one.name}.log"
+                )
+        if nodes is None:
+            said.append(
+                "the SuperLink does not answer, so nodes are unknown; if that stays so, read "
+                f"{coordinator.flower_home / 'superlink.log'}"
+            )
+    offline = [node for node in nodes or () if not node.online]
+    if offline:
+        names = ", ".join(node.site or node.node for node in offline)
+        said.append(f"offline: {names}; at each of them `consilium client up` should run")
+    for run in runs:
+        if run.awaiting:
+            said.append(
+                f"{', '.join(run.awaiting)}: there, `consilium client approve {run.run}` lets the run begin"
+            )
+        if run.trouble:
+            said.append(f"run {run.run} does not go on: {run.trouble}")
+        if run.state in ("stopped", "gave-up") and not run.trouble:
+            order = run.code == BY_ORDER
+            said.append(
+                f"run {run.run} {'was stopped by order' if order else f'{run.state} ({run.code})'}; "
+                f"{_REMEDIES[run.state].replace('DIR', str(coordinator.folder))}"
+            )
+    return said
