@@ -29,32 +29,27 @@ from common.supervisor_state import read_supervisor_state
 from server.coordinator import load_coordinator
 from simulations.embedded import embedded_model_dir
 from tests.integration.certificates import write_node_key, write_server_certificates
-from tests.integration.sites import Lab, make_lab
+from tests.integration.sites import make_lab
 
 CONSILIUM = str(Path(sys.executable).parent / "consilium")
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Where everything lies: DIR of the coordinator, --site of each hospital, RUN.toml."""
+    """Where everything lies: a coordinator's folder, each hospital's in `hospitals`, RUN.toml in `folder`."""
 
-    lab: Lab
+    folder: Path
+    coordinator: Path
+    hospitals: Path
     port: int
-
-    @property
-    def coordinator(self) -> Path:
-        return self.lab.launch_dir
+    sites: tuple[str, ...] = ()
 
     @property
     def run_file(self) -> Path:
-        return self.lab.folder / "run.toml"
-
-    @property
-    def sites(self) -> list[str]:
-        return list(self.lab.roster)
+        return self.folder / "run.toml"
 
     def site(self, name: str) -> Path:
-        return self.lab.sites / name
+        return self.hospitals / name
 
 
 def write_federation(
@@ -99,7 +94,7 @@ def write_federation(
         "evaluation.central-data": "central.jsonl",
     }
     (folder / "run.toml").write_text(tomli_w.dumps(run))
-    return Federation(lab, port)
+    return Federation(folder, lab.launch_dir, lab.sites, port, tuple(lab.roster))
 
 
 class Commands:
@@ -113,9 +108,7 @@ class Commands:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        guard = self._stack.enter_context(
-            guarded_processes(self.federation.lab.folder / "guard.log")
-        )
+        guard = self._stack.enter_context(guarded_processes(self.federation.folder / "guard.log"))
         self._environment = {
             **os.environ,
             **guard.mark,
@@ -143,12 +136,12 @@ class Commands:
 
     def up(self, who: str) -> subprocess.Popen[bytes]:
         """Start `server up`, or `client up` for the site of that name; its output is in WHO.log."""
-        log_file = self.federation.lab.folder / f"{who}.log"
+        log_file = self.federation.folder / f"{who}.log"
         with log_file.open("ab") as log:
             self.ups[who] = subprocess.Popen(
                 [*self.prefix.get(who, []), CONSILIUM, *self.arguments(who)],
                 env=self._environment,
-                cwd=self.federation.lab.folder,
+                cwd=self.federation.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -171,7 +164,7 @@ class Commands:
         return subprocess.Popen(
             [CONSILIUM, *arguments],
             env=self._environment,
-            cwd=self.federation.lab.folder,
+            cwd=self.federation.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -243,6 +236,6 @@ class Commands:
     def tails(self) -> str:
         """The last lines of every log."""
         parts = []
-        for log in sorted(self.federation.lab.folder.rglob("*.log")):
+        for log in sorted(self.federation.folder.rglob("*.log")):
             parts += [f"--- {log}", *log.read_text(errors="replace").splitlines()[-25:]]
         return "\n".join(parts)

@@ -34,7 +34,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 def _run_dir(federation: Federation) -> Path:
-    return federation.lab.folder / "run"
+    return federation.folder / "run"
 
 
 def _order(federation: Federation, *more: str) -> list[str]:
@@ -72,12 +72,12 @@ def test_a_run_whose_server_app_is_killed_finishes_by_itself(commands: Commands)
 def _check_that_a_second_one_is_refused(commands: Commands) -> None:
     federation = commands.federation
     uid = commands.events(_run_dir(federation))[1]["run"]
-    code, said = commands.run(*_order(federation)[:-1], str(federation.lab.folder / "other"))
+    code, said = commands.run(*_order(federation)[:-1], str(federation.folder / "other"))
     assert code == 4
     said = " ".join(said.split())
     assert uid in said
     assert "consilium server stop" in said
-    assert not (federation.lab.folder / "other").exists()
+    assert not (federation.folder / "other").exists()
     for who in ("server", federation.sites[0]):
         code, said = commands.run(*commands.arguments(who))
         assert code == 5
