@@ -124,7 +124,7 @@ class ChaosFederation:
     @property
     def sites(self) -> list[str]:
         """The hospitals' names."""
-        return self._files.sites
+        return list(self._files.sites)
 
     def events(self) -> list[dict[str, Any]]:
         """The run's history."""
@@ -216,7 +216,7 @@ class ChaosFederation:
 
     def stop(self) -> list[str]:
         """Stop the run by its command and everybody by SIGTERM; return what still lives after that."""
-        if not any(event["event"] == "finished" for event in self.events()):
+        if not run_state(self.events(), held=False).is_over:
             code, output = self._commands.run(
                 "server", "stop", str(self._files.coordinator), timeout_s=_UP_TIMEOUT_S
             )

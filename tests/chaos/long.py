@@ -103,17 +103,19 @@ def run_session(folder: Path, order: Sequence[str], *, seed: int, console: Conso
         federation.wait_for_round()
         federation.wait_for_round()
         for number, what in enumerate(order, start=1):
+            over = ""
             try:
                 results.append(disturb(federation, what, rng))
             except OverError as error:
-                results.append(Result(what, None, str(error)))
+                over = str(error)
+                results.append(Result(what, None, over))
             last = results[-1]
             said = "no round came" if last.recovery_s is None else f"{last.recovery_s:.1f} s"
             minutes = (time.monotonic() - started) / 60
             console.print(f"{minutes:5.1f} min  {number:3}/{len(order)}  {what}: {said}")
             if last.failure:
                 console.print(last.failure, markup=False, highlight=False)
-            if last.failure and (len(results) < 2 or results[-2].failure):
+            if over or (number > 1 and all(result.failure for result in results[-2:])):
                 break
         left = federation.stop()
         findings = federation.check()

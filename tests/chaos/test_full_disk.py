@@ -6,11 +6,7 @@ on once there is space: to the very bit that it would have reached without.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,51 +15,16 @@ from client.ledger import Ledger
 from client.site import Site
 from common.audit_log import verify_audit_log
 from common.errors import DiskError, QuorumError
-from common.files import is_disk_full
 from common.signing import SigningKey
 from server.history import read_events
 from simulations.run import run_simulation
+from tests.chaos.disks import full, small_disk
 from tests.unit.scenarios import interrupt_after, run, simulation, site_names, write_scenario
 
 pytestmark = pytest.mark.chaos
 
 # One attempt: the pauses between more would only cost the test its time.
 CHANGES = {"federation__max_retries": 0, "train__rounds": 3}
-
-
-@contextmanager
-def _small_disk(folder: Path, *, size_bytes: int = 4 << 20) -> Iterator[None]:
-    """Put a folder with what it holds on a small disk of its own."""
-    shutil.copytree(folder, folder.with_name("copy"), symlinks=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"no right to mount a tmpfs here: {mounted.stderr.strip()}")
-    try:
-        shutil.copytree(folder.with_name("copy"), folder, symlinks=True, dirs_exist_ok=True)
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@contextmanager
-def _full(folder: Path, *, leave_bytes: int) -> Iterator[None]:
-    """Let a folder's disk have no more than `leave_bytes` of space, in whole pages."""
-    ballast = folder / "ballast"
-    descriptor = os.open(ballast, os.O_WRONLY | os.O_CREAT)
-    try:
-        size = 0
-        try:
-            while True:
-                size += os.write(descriptor, bytes(4096))
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-        os.ftruncate(descriptor, size - leave_bytes)
-    finally:
-        os.close(descriptor)
-    yield
-    ballast.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +58,9 @@ def test_a_full_disk_at_the_coordinator_damages_nothing_and_the_run_goes_on(
     sites, elsewhere = begun / "simulation" / "sites", begun.with_name("sites")
     shutil.move(sites, elsewhere)
     sites.symlink_to(elsewhere)
-    with _small_disk(begun):
+    with small_disk(begun):
         with (
-            _full(begun, leave_bytes=leave_bytes),
+            full(begun, leave_bytes=leave_bytes),
             pytest.raises(DiskError, match=r"the disk of .* is full .*continue with --resume"),
         ):
             run(scenario, begun, resume=True, **CHANGES)
@@ -112,9 +73,9 @@ def test_a_full_disk_at_a_site_damages_nothing_and_the_run_goes_on(
 ) -> None:
     name = site_names(scenario)[0]
     state = begun / "simulation" / "sites" / name / "state"
-    with _small_disk(state):
+    with small_disk(state):
         with (
-            _full(state, leave_bytes=leave_bytes),
+            full(state, leave_bytes=leave_bytes),
             pytest.raises(QuorumError, match=rf"{name}: (site-disk|unanswered).*--resume"),
         ):
             run(scenario, begun, resume=True, **CHANGES)
@@ -132,11 +93,11 @@ def test_a_sites_disk_that_fills_up_in_the_middle_of_a_task_damages_nothing(
     """There was space when the task came: the ledger, the outbox or the log meets the end of it."""
     name = site_names(scenario)[0]
     state = begun / "simulation" / "sites" / name / "state"
-    with _small_disk(state):
+    with small_disk(state):
         with monkeypatch.context() as patch:
             patch.setattr(Site, "_check_space", lambda *args, **kwargs: None)
             with (
-                _full(state, leave_bytes=leave_bytes),
+                full(state, leave_bytes=leave_bytes),
                 pytest.raises(QuorumError, match=rf"{name}: (site-disk|unanswered).*--resume"),
             ):
                 run(scenario, begun, resume=True, **CHANGES)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import pytest
 from rich.console import Console
 
 from tests.chaos.checks import Findings
-from tests.chaos.federation import PROCESSES
-from tests.chaos.long import OUTAGES, Report, Result, plan, print_report
+from tests.chaos.federation import PROCESSES, Kill, OverError, TimeoutExpiredError
+from tests.chaos.long import OUTAGES, Report, Result, plan, print_report, run_session
 from tests.chaos.points import POINTS
 
 pytestmark = pytest.mark.chaos
@@ -71,3 +73,60 @@ def test_the_table_has_a_line_for_each_and_the_zeros_below_it() -> None:
     assert "1 rounds lost or repeated" in lines
     assert "rounds [1, 3]" in lines
     assert "0 processes left" in lines
+
+
+class _Scripted:
+    """A federation whose every recovery is scripted: seconds, or what is raised."""
+
+    def __init__(self, folder: Path) -> None:
+        self._script = iter(SCRIPT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def order_run(self) -> None: ...
+
+    def wait_for_round(self) -> float:
+        return 0.0
+
+    def kill_at(self, what: str) -> Kill:
+        return Kill(what, 1, 0.0, 0)
+
+    def recovered(self, kill: Kill) -> float:
+        said = next(self._script)
+        if isinstance(said, float):
+            return said
+        raise said
+
+    def stop(self) -> list[str]:
+        return []
+
+    def check(self) -> Findings:
+        return Findings({}, 0, 0, 0)
+
+
+SCRIPT: list[float | Exception] = []
+
+
+def _session(monkeypatch: pytest.MonkeyPatch, *script: float | Exception) -> Report:
+    monkeypatch.setattr("tests.chaos.long.ChaosFederation", _Scripted)
+    SCRIPT[:] = script
+    silent = Console(file=io.StringIO())
+    return run_session(Path(), ["pull"] * len(script), seed=0, console=silent)
+
+
+def test_a_session_goes_on_after_one_failure_and_ends_after_two_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = TimeoutExpiredError("not within 240 s")
+    report = _session(monkeypatch, late, 3.0, late, 4.0, late, late, 5.0)
+    assert [result.recovery_s for result in report.results] == [None, 3.0, None, 4.0, None, None]
+    assert report.results[0].failure == "not within 240 s"
+
+
+def test_a_session_whose_run_is_over_ends_with_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = _session(monkeypatch, 3.0, OverError("the run is over"), 5.0)
+    assert [result.failure for result in report.results] == ["", "the run is over"]
+    assert not report.is_good
