@@ -54,6 +54,7 @@ bench-dropout: $(VENV)/installed-dev ## 20 sites, 30 % of which fail in each rou
 
 chaos-long: $(VENV)/installed-dev ## kill -9 at every point and of every process, again and again: about an hour
 	$(BIN)/python -m tests.chaos.long
+	CONSILIUM_LONG=1 $(BIN)/pytest tests/chaos/test_half_open.py tests/chaos/test_full_disk_deployed.py
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
