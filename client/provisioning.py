@@ -99,13 +99,15 @@ def join(folder: Path, bundle: Bundle) -> SiteConfig:
         raise ConfigError(
             f"this bundle is for site {bundle.site!r}, and {folder} is {site['name']!r}"
         )
-    known = section.get("public-key", [])
-    if known and bundle.public_key not in ([known] if isinstance(known, str) else list(known)):
+    pinned = section.get("public-key", [])
+    known = [pinned] if isinstance(pinned, str) else list(pinned)
+    if known and bundle.public_key not in known:
         raise ConfigError(
             f"{path} believes another coordinator; to take this one, remove public-key from [coordinator] "
             "yourself, after comparing the fingerprint"
         )
-    section["public-key"] = bundle.public_key
+    if not known:
+        section["public-key"] = bundle.public_key
     section["address"] = bundle.address
     section["root-certificates"] = "coordinator/ca.crt"
     (folder / "coordinator").mkdir(mode=0o700, exist_ok=True)

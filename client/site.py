@@ -248,6 +248,8 @@ class Site:
         adapter = open_adapter(incoming, shape=shape, digest=task.adapter_digest)
         self._check_space(task, adapter_bytes=len(incoming))
         with self._turn.take(task, ends_s=ends_s) as on_step:
+            # Again: while it waited, the hospital may have declined, or another task taken the last steps.
+            plan = self._gate.consider(task, signer=signer)
             self._gate.charge(plan)
             self._settle_overtaken(task)
             row = self.ledger.find(task.task_id)

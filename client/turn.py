@@ -60,8 +60,11 @@ class Turn:
                 "longer federation.deadline-s"
             )
         for path in self._waiting.glob(f"{task.run_uid}.*"):
-            server_round = int(path.name.rpartition(".")[2])
-            if server_round > task.server_round and lock_holder(path) is not None:
+            run_uid, _, text = path.name.rpartition(".")
+            server_round = int(text)
+            # A run's name may hold a dot: "a.*" finds those of "a.b" too.
+            later = run_uid == task.run_uid and server_round > task.server_round
+            if later and lock_holder(path) is not None:
                 raise OvertakenError(
                     f"round {server_round} of this run is here, so round {task.server_round} is given up"
                 )

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # ships no types
 
 from common.errors import ConsiliumError, DiskError
-from common.files import write_atomically
+from common.files import is_disk_full, write_atomically
 from server.coordinator import Coordinator
 from server.flower_control import ControlError, FlowerControl
 from server.history import History
@@ -58,6 +59,7 @@ class Submission:
 
     flower_run: Flower's id of it, "" while it could not be submitted. at: Unix seconds. resumes: in a row
     without a newly committed round. rounds_done: when it was submitted. trouble: why it does not go on.
+    requested_at: which of a person's requests it answers.
     """
 
     flower_run: str = ""
@@ -65,6 +67,7 @@ class Submission:
     resumes: int = 0
     rounds_done: int = 0
     trouble: str = ""
+    requested_at: float = 0.0
 
 
 def read_submissions(path: Path) -> dict[str, Submission]:
@@ -149,7 +152,9 @@ class Keeper:
             return
         submission = self._current(run)
         if submission is None:
-            self._submit(run, Submission(rounds_done=run.state.rounds_done))
+            state = run.state
+            first = Submission(rounds_done=state.rounds_done, requested_at=state.requested_at)
+            self._submit(run, first)
             return
         if run.uid not in self._resume_at:
             reason = self._death(run, submission)
@@ -162,7 +167,8 @@ class Keeper:
     def _current(self, run: AskedRun) -> Submission | None:
         """What was submitted since a person last asked for the run."""
         submission = self._submissions.get(run.uid)
-        if submission is None or submission.at < run.state.requested_at:
+        # Equal, not later: a clock may be set back.
+        if submission is None or submission.requested_at != run.state.requested_at:
             return None
         return submission
 
@@ -194,7 +200,8 @@ class Keeper:
         """Set the time of the next try, or give up."""
         went_on = run.state.rounds_done > submission.rounds_done
         # Nobody mends a full disk within minutes at night, and it is no fault of the run.
-        patient = run.state.kind == "stopped" and run.state.code == DiskError.code
+        said_so = run.state.kind == "stopped" and run.state.code == DiskError.code
+        patient = said_so or _disk_is_full(run.folder.path)
         resumes = submission.resumes
         if run.uid not in self._dead and not patient:
             resumes = 1 if went_on else submission.resumes + 1
@@ -302,6 +309,17 @@ class Keeper:
             logger.warning(
                 "%s cannot be written: %s", self._coordinator.keeper_state, error.strerror
             )
+
+
+def _disk_is_full(folder: Path) -> bool:
+    """Whether nothing can be written there: a ServerApp could not even say so."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        return is_disk_full(error)
+    return False
 
 
 class _OverError(Exception):

@@ -19,7 +19,7 @@ import httpx
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from common.errors import EngineError
+from common.errors import ConsiliumError, EngineError
 from common.records import Envelope, Task, to_records
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,14 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a task that was sent: a message, or None when its node was gone and came back."""
+    """What became of a task that was sent: a message, or None when its node was gone and came back.
+
+    unreadable: a reply came, and Flower could not make a message of it.
+    """
 
     sent: Sent
     message: Message | None
+    unreadable: bool = False
 
 
 def _ignore(sent: Sent) -> None:
@@ -81,6 +85,7 @@ class Messenger:
         # By node: who is gone and has nothing to answer any more, but may come back.
         self._awaited: dict[int, Sent] = {}
         self._pool = ThreadPoolExecutor(pull_threads, "pull") if pull_threads else None
+        self._unreadable: set[str] = set()
         # By message id: what is being fetched.
         self._fetching: dict[str, Future[list[Message]]] = {}
 
@@ -133,6 +138,7 @@ class Messenger:
             while self._waiting or self._awaited:
                 arrived = self._pull()
                 yield from self._take(arrived)
+                yield from self._take_unreadable()
                 left_s = min(deadline, stop_at()) - time.monotonic()
                 if not (self._waiting or self._awaited) or left_s <= 0:
                     return
@@ -176,6 +182,14 @@ class Messenger:
             if late is not None and message.has_content():
                 self._on_late(late)
 
+    def _take_unreadable(self) -> Iterator[Answer]:
+        while self._unreadable:
+            message_id = self._unreadable.pop()
+            self._given_up.pop(message_id, None)
+            sent = self._waiting.pop(message_id, None)
+            if sent is not None:
+                yield Answer(sent, None, unreadable=True)
+
     def _returned(self, gone: set[int]) -> Iterator[Answer]:
         """Yield what was sent to nodes that are there again; note in `gone` those that are not."""
         online = set(self.node_ids())
@@ -200,7 +214,7 @@ class Messenger:
             return self._fetch(ids)
         for message_id in ids:
             if message_id not in self._fetching:
-                self._fetching[message_id] = self._pool.submit(self._fetch, [message_id])
+                self._fetching[message_id] = self._pool.submit(self._fetch_one, message_id)
         wait(self._fetching.values(), timeout=_FETCH_S)
         arrived = []
         for message_id, fetched in list(self._fetching.items()):
@@ -208,6 +222,18 @@ class Messenger:
                 del self._fetching[message_id]
                 arrived += fetched.result()
         return arrived
+
+    def _fetch_one(self, message_id: str) -> list[Message]:
+        try:
+            return self._fetch([message_id])
+        except ConsiliumError:
+            raise
+        except Exception as error:
+            # Flower checks length and hash of what a node sends, not that it is a message: one site must
+            # not end the run for all.
+            logger.warning("a reply cannot be read (%s)", type(error).__name__)
+            self._unreadable.add(message_id)
+            return []
 
     def _fetch(self, message_ids: list[str]) -> list[Message]:
         return self._patiently(lambda: list(self._grid.pull_messages(message_ids)))

@@ -154,6 +154,8 @@ class OpenRound:
         task = answer.sent.task
         site, reason = task.site, "lost"
         try:
+            if answer.unreadable:
+                raise ScreeningError("unreadable", f"{site} sent what is no message")
             if answer.message is None:
                 # Its node was gone and came back, and with it went what it had been sent.
                 raise ScreeningError("lost", f"{site} was gone and may have forgotten its task")
@@ -190,14 +192,15 @@ class OpenRound:
         return screen_update(reply, envelope.adapter, task=task, shape=shape)
 
     def _drop_excluded(self) -> float:
-        """Neither wait for nor count a site that was shut out meanwhile; never ends the waiting itself."""
+        """Neither wait for nor count a site that was shut out meanwhile; say when to stop waiting."""
         excluded = self._run.exclusions.current()
         for site in sorted(excluded.keys() & (self._waiting | self.updates.keys())):
             self._waiting.discard(site)
             self.updates.pop(site, None)
             self._messenger.forget(self._members[site].node_id)
             self._refuse(site, "excluded")
-        return math.inf
+        # Once nobody is missing, nothing is to come: what was sent twice may still be under way.
+        return math.inf if self._waiting else -math.inf
 
     def _refuse(self, site: str, reason: str, *, attempt: int = 0) -> None:
         self.refused[site] = reason

@@ -20,7 +20,7 @@ from server.coordinator import Coordinator
 from server.flower_control import ControlError
 from server.history import History
 from server.keeper import read_submissions
-from server.launch import Launch, split_settings
+from server.launch import Launch, read_launch, split_settings
 from server.run_check import CheckedRun, Problems, check_noise, check_run
 from server.run_folder import RunFolder, open_run_folder, run_lock
 from server.run_state import BY_ORDER
@@ -102,6 +102,7 @@ def order_run(
         run_config: dict[str, Scalar] = {**shared, "run.uid": folder.run_uid}
         overrides = coordinator.launches / f"{folder.run_uid}.toml"
         write_atomically(overrides, tomli_w.dumps(run_config).encode(), mode=0o600)
+        _forget_earlier(coordinator, folder)
         History(folder.history).record("requested", resume=resume)
         # The launch makes it known; what it needs is there by then. The folder is open: from here on a
         # ServerApp continues what it finds there.
@@ -115,6 +116,16 @@ def order_run(
             resume=True,
         ).save(coordinator.launches, folder.run_uid)
     return folder
+
+
+def _forget_earlier(coordinator: Coordinator, folder: RunFolder) -> None:
+    """A run that was replaced in its folder (--force) is not asked for any more."""
+    for launch in coordinator.launches.glob("*.json"):
+        with suppress(OSError, ConfigError):
+            same = Path(read_launch(launch).run_dir) == folder.path
+            if same and launch.stem != folder.run_uid:
+                launch.unlink()
+                launch.with_suffix(".toml").unlink(missing_ok=True)
 
 
 def stop_run(coordinator: Coordinator) -> AskedRun:

@@ -9,18 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
+from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
 
 from common.address import parse_address
 from common.enrolment import Bundle, Enrolment, seal_bundle
 from common.errors import ConfigError
 from common.files import write_atomically
+from common.locks import hold_lock
 from common.signing import SigningKey
 from server.certificates import Certified, make_authority, make_server_certificate
 from server.coordinator import COORDINATOR_FILE, Coordinator, load_coordinator
+from server.flower_control import ControlError
 from server.roster import Roster, RosterEntry
 
 logger = logging.getLogger(__name__)
 
+# So long another enrolment may take.
+_OTHERS_S = 60.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -29,7 +34,8 @@ def init_coordinator(
 ) -> Coordinator:
     """Write a new coordinator's folder: CA, certificate, keys, secret, an empty roster.
 
-    address: HOST:PORT that hospitals connect to. bind_host: what the SuperLink listens on instead.
+    address: HOST:PORT that hospitals connect to. bind_host: what the SuperLink listens on; "" is every
+    interface, or loopback alone where that is the address.
     more_hosts: other names and IP addresses that the certificate is to be good for.
     Raises ConfigError when the folder holds a coordinator already; nothing is overwritten.
     """
@@ -55,8 +61,8 @@ def init_coordinator(
     SigningKey.generate().save(folder / "signing.pem")
     Roster([]).save(folder / "roster.json")
     settings = {"address": address}
-    if bind_host:
-        settings["bind-host"] = bind_host
+    if bind_host or host not in _LOCAL:
+        settings["bind-host"] = bind_host or "0.0.0.0"
     if host not in _LOCAL:
         # This machine's own processes need not go out and in again.
         settings["local-address"] = f"127.0.0.1:{parse_address(address).port}"
@@ -69,9 +75,14 @@ def init_coordinator(
 def enrol(coordinator: Coordinator, enrolment: Enrolment) -> bytes:
     """Take a hospital in: register its SuperNode, pin its key; return the bundle that it is sent.
 
-    The same enrolment again gives the same bundle. Raises ConfigError when a site of that name has other
-    keys, or `consilium server up` does not run, which its SuperNode must be registered with.
+    The same enrolment again gives the same bundle. Raises ConfigError when a site of that name has another
+    signing key, or `consilium server up` does not run, which its SuperNode must be registered with.
     """
+    with hold_lock(coordinator.folder / ".enrolling", wait_s=_OTHERS_S):
+        return _enrol(coordinator, enrolment)
+
+
+def _enrol(coordinator: Coordinator, enrolment: Enrolment) -> bytes:
     roster = coordinator.roster()
     entry = RosterEntry(enrolment.site, enrolment.signing_key, enrolment.declared_size)
     known = roster.get(enrolment.site)
@@ -85,11 +96,15 @@ def enrol(coordinator: Coordinator, enrolment: Enrolment) -> bytes:
             f"`consilium server up {coordinator.folder}` does not run, and a hospital's node is registered "
             "with its SuperLink; start it, then enrol again"
         )
-    if known is None:
-        with tempfile.NamedTemporaryFile("w", suffix=".pub") as public_key:
-            public_key.write(enrolment.node_key.rstrip() + "\n")
-            public_key.flush()
+    with tempfile.NamedTemporaryFile("w", suffix=".pub") as public_key:
+        public_key.write(enrolment.node_key.rstrip() + "\n")
+        public_key.flush()
+        try:
             coordinator.control().register_node(Path(public_key.name))
+        except ControlError as error:
+            # As it should be, if this enrolment was cut off once, or is made again.
+            if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
+                raise
     # After the node is registered: a site on the roster can connect.
     others = [one for one in roster.values() if one.site != enrolment.site]
     Roster([*others, entry]).save(coordinator.roster_file)

@@ -70,8 +70,16 @@ class Federation:
         while True:
             attempt += 1
             self._note_excluded()
-            members = self.select(self.gather(), server_round=server_round)
-            chosen = [member for member in members if going.may_ask(member.site)]
+            present = self.gather()
+            # Who refused for good leaves the place to another; who has answered keeps it.
+            willing = [
+                member
+                for member in present
+                if member.site in going.updates or going.may_ask(member.site)
+            ]
+            members = self.select(willing, server_round=server_round)
+            askable = [member for member in willing if going.may_ask(member.site)]
+            chosen = [member for member in members if member in askable] or askable
             sites = [member.site for member in chosen]
             history.record("round-started", round=server_round, attempt=attempt, sites=sites)
             attempt_started = time.monotonic()
@@ -80,7 +88,8 @@ class Federation:
             if len(going.updates) >= config.quorum:
                 self._taken = {(site, server_round) for site in going.updates}
                 return going.replies(attempts=attempt)
-            if attempt > config.federation.max_retries or not any(map(going.may_ask, sites)):
+            hope = any(going.may_ask(member.site) for member in present)
+            if attempt > config.federation.max_retries or not hope:
                 reasons = ", ".join(f"{site}: {why}" for site, why in sorted(going.refused.items()))
                 raise QuorumError(
                     f"round {server_round} has {len(going.updates)} usable replies of the "

@@ -35,12 +35,13 @@ from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoi
 from server.evaluation import evaluate, load_central_examples
 from server.exclusions import Exclusions
 from server.export import export_adapter
-from server.history import History, Listener
+from server.history import History, Listener, read_events
 from server.open_round import RoundReplies
 from server.roster import Roster
 from server.rounds import Federation
 from server.run_context import RunContext
 from server.run_folder import RunFolder
+from server.run_state import BY_ORDER, run_state
 from server.summary import (
     Summary,
     add_round,
@@ -110,6 +111,11 @@ def run_federation(
     CheckpointError at once, and without a word in the history, while another process runs this run.
     """
     with plan.folder.held():
+        if run_state(read_events(plan.folder.history), held=True).code == BY_ORDER:
+            raise CheckpointError(
+                f"the run in {plan.folder.path} was stopped by order; `consilium server run --resume` lets "
+                "it go on"
+            )
         history = History(plan.folder.history, listener=listener)
         try:
             return _run(grid, plan, history)

@@ -57,7 +57,9 @@ def run_state(events: Iterable[Event], *, held: bool) -> RunState:
         if said == "requested":
             end, requested_at = None, event["time"]
         elif said in ("run-started", "resumed"):
-            end, rounds = None, event["rounds"]
+            rounds = event["rounds"]
+            # A ServerApp that was still loading when it was stopped does not begin the run again.
+            end = end if by_order else None
         elif said == "round":
             rounds_done = max(rounds_done, event["round"])
         elif said == "finished":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from pathlib import Path
 
 from common.errors import EngineError
 from common.flower_process import find_command, http_answers
@@ -16,6 +19,7 @@ from server.launch import LAUNCH_VARIABLE
 
 logger = logging.getLogger(__name__)
 
+_PROJECT = Path(__file__).resolve().parent.parent
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -66,8 +70,9 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
     """Return the processes that a coordinator consists of, in the order of their start."""
     home, bind = coordinator.flower_home, coordinator.bind
     environment = coordinator.environment()
+    search = [str(_PROJECT), environment.get("PYTHONPATH", "")]
     superlink = (
-        *(find_command(environment, "flower-superlink"), "--ssl-ca-certfile", str(coordinator.ca)),
+        *(sys.executable, "-m", "server.superlink", "--ssl-ca-certfile", str(coordinator.ca)),
         *("--ssl-certfile", str(coordinator.certificate)),
         *("--ssl-keyfile", str(coordinator.certificate_key)),
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
@@ -90,7 +95,7 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
         ChildSpec(
             name="superlink",
             command=superlink,
-            environment=environment,
+            environment={**environment, "PYTHONPATH": os.pathsep.join(filter(None, search))},
             log_file=home / "superlink.log",
             cwd=home,
             probe=lambda: http_answers(host, bind.port, tls=True),

@@ -58,7 +58,7 @@ class Process:
 
 # "site" stands for either of the hospitals.
 PROCESSES = {
-    "SuperLink": Process("flower-superlink", "server"),
+    "SuperLink": Process("server.superlink", "server"),
     "superexec": Process("flower-superexec", "server"),
     "ServerApp": Process("flwr-serverapp", "server"),
     "SuperNode": Process("client.supernode", "site"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from client.ledger import Ledger
 from tests.integration.commands import Commands, write_federation
+from tests.integration.network import COORDINATOR, hospital_network, ip
 
 pytestmark = [
     pytest.mark.chaos,
@@ -28,35 +28,14 @@ pytestmark = [
 
 logger = logging.getLogger(__name__)
 
-COORDINATOR, HOSPITAL = "10.213.7.1", "10.213.7.2"
 # Longer than Flower needs to call a node gone.
 CUT_S = 90.0
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
 @pytest.fixture
 def namespace() -> Iterator[str]:
-    """A network namespace that one cable joins to this one."""
-    name, here, there = "consilium-hosp", "csl-here", "csl-there"
-    try:
-        _ip("netns", "add", name)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no right to make a network namespace here: {error}")
-    try:
-        _ip("link", "add", here, "type", "veth", "peer", "name", there)
-        _ip("link", "set", there, "netns", name)
-        _ip("addr", "add", f"{COORDINATOR}/24", "dev", here)
-        _ip("link", "set", here, "up")
-        _ip("-n", name, "addr", "add", f"{HOSPITAL}/24", "dev", there)
-        _ip("-n", name, "link", "set", there, "up")
-        _ip("-n", name, "link", "set", "lo", "up")
+    with hospital_network() as name:
         yield name
-    finally:
-        # The cable goes with it.
-        _ip("netns", "del", name)
 
 
 def test_a_hospital_whose_line_is_cut_comes_back_and_the_run_finishes(
@@ -89,10 +68,10 @@ def test_a_hospital_whose_line_is_cut_comes_back_and_the_run_finishes(
         )
         # Long enough for the task to be there, too short for the reply.
         time.sleep(5.0)
-        _ip("-n", namespace, "link", "set", "csl-there", "down")
+        ip("-n", namespace, "link", "set", "csl-there", "down")
         cut = time.monotonic()
         time.sleep(CUT_S)
-        _ip("-n", namespace, "link", "set", "csl-there", "up")
+        ip("-n", namespace, "link", "set", "csl-there", "up")
         commands.wait_until(lambda: events("finished"), "the run finishes", timeout_s=300)
         logger.warning("finished %.0f s after the line was back", time.monotonic() - cut - CUT_S)
 

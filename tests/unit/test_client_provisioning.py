@@ -114,3 +114,13 @@ def test_patients_need_a_column(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--unit patient needs --patient-id"):
         init_site(tmp_path / "bern", name="bern", declared_size=10, unit="patient")
     assert not (tmp_path / "bern").exists()
+
+
+def test_joining_one_of_several_coordinators_again_keeps_the_others(folder: Path) -> None:
+    join(folder, BUNDLE)
+    path, other = folder / "site.toml", SigningKey.generate().public_hex
+    key = BUNDLE.public_key
+    path.write_text(path.read_text().replace(f'"{key}"', f'["{key}", "{other}"]'))
+    config = join(folder, replace(BUNDLE, address="other.example.org:8000"))
+    assert config.coordinator.public_keys == (key, other)
+    assert config.coordinator.address == "other.example.org:8000"

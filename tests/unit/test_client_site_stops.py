@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from client.gate import Gate
 from client.ledger import Ledger
 from client.training import Workbench
-from common.errors import ConsiliumError, ExpiredError, OvertakenError
+from common.errors import ConsiliumError, ExpiredError, OvertakenError, PolicyError
 from common.records import Envelope, Reply, Task, open_reply
 from tests.unit.hospital import Hospital, make_hospital
 
@@ -135,3 +136,22 @@ def test_a_disk_without_room_for_the_result_costs_nothing(
     assert "1,000 bytes free, and this task needs" in caplog.text
     assert _rows(hospital) == []
     assert _ask(hospital, hospital.task())[0].error_code == ""
+
+
+def test_a_task_that_waited_for_its_turn_is_judged_again(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile the hospital declined, or another task took the last steps of what was approved."""
+    judged: list[str] = []
+    whole = Gate.consider
+
+    def consider(gate: Gate, task: Task, *, signer: str) -> Any:
+        judged.append(task.task_id)
+        if len(judged) > 1:
+            raise PolicyError("this hospital declined the run while its task waited")
+        return whole(gate, task, signer=signer)
+
+    monkeypatch.setattr(Gate, "consider", consider)
+    reply, _ = _ask(hospital, hospital.task())
+    assert reply.error_code == "policy"
+    assert _rows(hospital) == []

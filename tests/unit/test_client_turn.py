@@ -76,7 +76,10 @@ def test_a_later_round_of_the_same_run_overtakes(tmp_path: Path) -> None:
     assert later.had_turn.wait(10.0)
 
 
-@pytest.mark.parametrize("other", [_task(2), _task(9, run_uid="run-2"), _task(9, run_uid="run")])
+@pytest.mark.parametrize(
+    "other",
+    [_task(2), _task(9, run_uid="run-2"), _task(9, run_uid="run"), _task(9, run_uid="run-1.b")],
+)
 def test_nothing_else_overtakes(tmp_path: Path, other: Task) -> None:
     with Turn(tmp_path).take(_task(3), ends_s=_soon()) as on_step:
         waiter = _Waiter(tmp_path, other)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import server.keeper
 from common.locks import hold_lock
 from server.coordinator import Coordinator
 from server.flower_control import ControlError, FlowerControl
@@ -147,6 +148,30 @@ def test_a_full_disk_is_waited_for_as_long_as_it_takes(office: Office) -> None:
         assert office.submitted() == tries
         office.say("resumed", round=0, rounds=9)
     assert "gave-up" not in office.events()
+
+
+def test_so_is_one_that_is_too_full_to_say_so(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office.begin()
+    monkeypatch.setattr(server.keeper, "_disk_is_full", lambda folder: True)
+    for tries in range(2, 12):
+        office.say("sites", sites=[])
+        office.keeper.look()
+        office.keeper.look()
+        assert office.submitted() == tries
+    assert "gave-up" not in office.events()
+
+
+def test_a_clock_that_was_set_back_submits_nothing_twice(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request then seems to be later than what answered it."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 7200)
+    for _ in range(5):
+        office.keeper.look()
+    assert office.submitted() == 1
 
 
 @pytest.mark.parametrize("code", ["quorum", "config", "checkpoint", BY_ORDER])

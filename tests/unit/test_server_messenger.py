@@ -263,10 +263,22 @@ def test_nor_does_it_hold_up_the_deadline() -> None:
     assert late == [3]
 
 
-def test_an_error_in_a_fetching_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_that_flower_cannot_read_is_that_nodes_own_trouble() -> None:
+    """Flower checks length and hash of what a node sends, not that it is a message."""
+    grid = _grid(FakeClock(), 2, 3)
+    messenger = Messenger(cast(Grid, grid), pull_threads=1)
+    messenger.send(_tasks(2, 3), ttl_s=60)
+    grid.failures = [ValueError("no JSON")]
+    answers = list(messenger.answers(deadline_s=20))
+    assert sorted((a.sent.node_id, a.unreadable, a.message is None) for a in answers) == [
+        (2, True, True), (3, False, False),
+    ]  # fmt: skip
+
+
+def test_a_superlink_that_stays_away_is_the_callers_trouble_from_any_thread() -> None:
     grid = _grid(FakeClock(), 2)
-    messenger = Messenger(cast(Grid, grid), pull_threads=2)
+    messenger = Messenger(cast(Grid, grid), pull_threads=2, patience_s=0.0)
     messenger.send(_tasks(2), ttl_s=60)
-    grid.failures = [ValueError("a bug")]
-    with pytest.raises(ValueError, match="a bug"):
+    grid.failures = [httpx.ConnectError("refused")] * 100
+    with pytest.raises(EngineError, match="has not answered"):
         list(messenger.answers(deadline_s=20))

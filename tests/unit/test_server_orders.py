@@ -124,6 +124,17 @@ def test_a_second_run_is_refused_while_one_goes(
     order_run(coordinator, checked, run_dir=tmp_path / "other")
 
 
+def test_a_run_that_was_replaced_is_not_asked_for_any_more(
+    coordinator: Coordinator, checked: CheckedRun, tmp_path: Path
+) -> None:
+    """Else two runs share one folder, and the old one's settings are refused there for ever."""
+    first = order_run(coordinator, checked, run_dir=tmp_path / "run")
+    History(first.history).record("finished", folder="")
+    second = order_run(coordinator, checked, run_dir=tmp_path / "run", force=True)
+    assert [run.uid for run in AskedRuns(coordinator.launches).all()] == [second.run_uid]
+    assert {path.stem for path in coordinator.launches.glob("*.*ml")} == {second.run_uid}
+
+
 def test_two_orders_at_once_begin_one_run(
     coordinator: Coordinator, checked: CheckedRun, tmp_path: Path
 ) -> None:

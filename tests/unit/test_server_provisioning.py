@@ -47,6 +47,8 @@ def test_it_is_reached_from_outside_by_its_address_and_from_inside_by_loopback(
 ) -> None:
     assert coordinator.config.server.address == "consilium.example.org:8000"
     assert coordinator.local_address == "127.0.0.1:8000"
+    # Or loopback would reach nothing.
+    assert coordinator.bind.host == "0.0.0.0"
     assert len(coordinator.roster()) == 0
 
 

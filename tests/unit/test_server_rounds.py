@@ -396,6 +396,8 @@ def test_a_site_whose_node_was_gone_is_asked_again_within_the_same_attempt(
     assert abs(second.expires_at - first.expires_at) <= 1
     assert [event["reason"] for event in room.events("asked-again")] == ["lost"]
     assert room.events("refused") == []
+    # Nobody waits for the first message any more.
+    assert clock.now_s < 1030.0
 
 
 def test_a_node_that_was_only_cut_off_is_believed_whichever_answer_comes_first(
@@ -568,3 +570,15 @@ def test_a_site_whose_clock_is_ahead_is_named_with_the_remedy(
     replies = Room(clock, tmp_path, scripts).federation.run_round(CURRENT, server_round=1)
     assert dict(replies.refused) == {"kiel": "site-expired"}
     assert "set both clocks, or raise federation.deadline-s" in caplog.text
+
+
+def test_who_refuses_for_good_leaves_its_place_to_another(clock: FakeClock, tmp_path: Path) -> None:
+    scripts: dict[str, list[Behaviour]] = {f"site-{i}": [honest] for i in range(5)}
+    room = Room(clock, tmp_path, scripts, federation__fraction=0.4)
+    drawn = room.federation.select(room.federation.gather(), server_round=1)
+    unwilling = drawn[0].site
+    room.sites[unwilling].script = [refuses_with("budget")]
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert len(replies.updates) == 2
+    assert dict(replies.refused) == {unwilling: "site-budget"}
+    assert len(room.sites[unwilling].tasks) == 1

@@ -57,12 +57,21 @@ def test_the_last_end_decides(held: bool) -> None:
 
 @pytest.mark.parametrize("again", ["requested", "run-started", "resumed"])
 def test_an_end_is_over_when_the_run_is_begun_again(again: str) -> None:
-    for end in ("finished", ("stopped", "quorum"), ("stopped", BY_ORDER), ("gave-up", "engine")):
+    for end in ("finished", ("stopped", "quorum"), ("gave-up", "engine")):
         state = _state("run-started", end, again)
         assert state.kind == "waiting"
         assert (state.code, state.message) == ("", "")
         assert not state.is_over
         assert _state("run-started", end, again, held=True).kind == "running"
+
+
+@pytest.mark.parametrize("again", ["run-started", "resumed"])
+def test_what_a_person_stopped_only_a_person_begins_again(again: str) -> None:
+    """A ServerApp that was still loading when the order came begins a moment later, and is ended."""
+    state = _state("requested", ("stopped", BY_ORDER), again)
+    assert (state.kind, state.code) == ("stopped", BY_ORDER)
+    assert state.is_over
+    assert _state("requested", ("stopped", BY_ORDER), again, "requested").kind == "waiting"
 
 
 @pytest.mark.parametrize("code", ["engine", "disk", "internal"])

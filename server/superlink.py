@@ -1,0 +1,75 @@
+"""Flower's SuperLink, whose Control and Runtime APIs answer this machine alone.
+
+    python -m server.superlink ARGS
+
+Flower 1.41 serves them on the very port that hospitals connect to, and asks nobody who he is: whoever
+reached that port could register a node, or submit a bundle of his own, which would run here and at the
+hospitals. From elsewhere only what a SuperNode needs is answered (/v1/fleet/, where Flower authenticates
+nodes by their keys) and /health.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from typing import Any
+
+from flwr.superlink import extensions
+from flwr.superlink.cli import flower_superlink
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+_FOR_EVERYBODY = "/v1/fleet/"
+_HEALTH = "/health"
+
+
+class LocalControl:
+    """ASGI middleware: 403 for whatever is not for everybody, unless it comes from this machine."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it before any of it is read."""
+        if scope["type"] != "http" or may_pass(scope):
+            await self._app(scope, receive, send)
+            return
+        logger.warning("refused %s from %s", scope["path"][:100], (scope.get("client") or "?")[0])
+        headers = [(b"content-length", b"0"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 403, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def may_pass(scope: Scope) -> bool:
+    """Whether a request is for everybody, or from this machine.
+
+    A connection to one's own address comes from that same address. Behind a proxy on this machine, uvicorn
+    has put the address of who is behind it in the proxy's place, if the proxy says it.
+    """
+    path = scope["path"]
+    if path == _HEALTH or path.startswith(_FOR_EVERYBODY):
+        return True
+    client: Any = scope.get("client")
+    server: Any = scope.get("server")
+    if client is None:
+        return False
+    try:
+        if ipaddress.ip_address(client[0]).is_loopback:
+            return True
+    except ValueError:
+        return False
+    return server is not None and client[0] == server[0]
+
+
+def main() -> None:
+    """Run Flower's SuperLink with this process's arguments."""
+    others = extensions.get_middleware
+    # Outermost: what is refused is not even read.
+    extensions.get_middleware = lambda: (Middleware(LocalControl), *others())
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    main()
