@@ -35,7 +35,7 @@ demo: $(VENV)/installed ## Four simulated hospitals, the embedded model, under t
 # Several processes share the cores there: one thread each, unless the caller says otherwise.
 test bench-simulation bench-dp bench-dropout chaos-long: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev ## The whole test suite, with coverage
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 check: $(VENV)/installed-dev ## Format, lint, types, import rule
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,10 @@ def write_federation(
     return Federation(folder, lab.launch_dir, lab.sites, port, tuple(lab.roster))
 
 
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Commands:
     """Runs `consilium`; whatever it started has ended on leaving, also when the test was killed."""
 
@@ -170,6 +175,8 @@ class Commands:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A shell that runs the tests in the background lets them ignore it, and children inherit that.
+            preexec_fn=_hear_interrupts,
         )
 
     def run(self, *arguments: str, timeout_s: float = 60) -> tuple[int, str]:
