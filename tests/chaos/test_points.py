@@ -152,7 +152,7 @@ def test_an_upload_stops_between_its_first_object_and_its_last(tmp_path: Path) -
     )
     arm(tmp_path, "mid-upload")
     small = _python(tmp_path, code, "abc")
-    assert (small.returncode, small.stdout.split()) == (0, ["a", "b", "c"]), small.stderr
+    assert (small.returncode, sorted(small.stdout.split())) == (0, [*"abc"]), small.stderr
     done = _python(tmp_path, code, "abcdef")
     assert done.returncode == _KILLED, done.stderr
     assert done.stdout.split()[:1] == ["a"]
