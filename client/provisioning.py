@@ -68,7 +68,7 @@ def init_site(
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     signing = load_or_generate(folder / "keys" / "signing.pem")
-    node_key = _node_key(folder / "keys" / "node")
+    node_key = make_node_key(folder / "keys" / "node")
     enrolment = Enrolment(name, declared_size, signing.public_hex, node_key)
     content = _TEMPLATE.format(
         name=_toml(name),
@@ -121,8 +121,11 @@ def join(folder: Path, bundle: Bundle) -> SiteConfig:
         raise
 
 
-def _node_key(path: Path) -> str:
-    """Make the SuperNode's key, ECDSA P-384 as Flower wants it; return its public half."""
+def make_node_key(path: Path) -> str:
+    """Make a SuperNode's key, ECDSA P-384 as Flower wants it, if it is not there.
+
+    Returns its public half in OpenSSH form, which stands beside it in a file ending in .pub.
+    """
     public = path.with_suffix(".pub")
     if not path.exists():
         key = ec.generate_private_key(ec.SECP384R1())

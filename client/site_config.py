@@ -6,19 +6,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from common.address import HostPort
 from common.config import read_toml
 from common.errors import ConfigError
+from common.toml_section import TomlSection, bad_keys
 
 SITE_FILE = "site.toml"
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -26,28 +19,13 @@ IdentifierKind = Literal["names", "dates", "numbers", "addresses", "emails"]
 PublicKeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _lists_are_frozen(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
-
-class SiteSection(_Section):
+class SiteSection(TomlSection):
     """Who this site is, to the coordinator."""
 
     name: SiteName
 
 
-class ColumnsSection(_Section):
+class ColumnsSection(TomlSection):
     """What the data set calls its columns."""
 
     instruction: str = "instruction"
@@ -58,7 +36,7 @@ class ColumnsSection(_Section):
     split: str = "split"
 
 
-class DataSection(_Section):
+class DataSection(TomlSection):
     """The data set: where it is, what it is called in the ledger, and its public size."""
 
     # The ledger's key. Keep it when records are added: a budget belongs to the patients in it.
@@ -96,7 +74,7 @@ class DataSection(_Section):
         return self
 
 
-class AllowedModel(_Section):
+class AllowedModel(TomlSection):
     """A base model that this site will train, held in a folder of its own."""
 
     name: str
@@ -104,7 +82,7 @@ class AllowedModel(_Section):
     digest: PublicKeyHex
 
 
-class PolicySection(_Section):
+class PolicySection(TomlSection):
     """What this site will do at all. The coordinator can only ask for less."""
 
     # Lifetime epsilon of the data set, over all runs and coordinators. A low one protects more and ends
@@ -151,7 +129,7 @@ class PolicySection(_Section):
         return self
 
 
-class KeysSection(_Section):
+class KeysSection(TomlSection):
     """This site's own keys, relative to this folder."""
 
     signing: str = "keys/signing.pem"
@@ -159,7 +137,7 @@ class KeysSection(_Section):
     node: str = "keys/node"
 
 
-class CoordinatorSection(_Section):
+class CoordinatorSection(TomlSection):
     """Whose tasks this site believes, and where `consilium client up` finds the coordinator."""
 
     # One Ed25519 public key of 64 hex digits, or a list of them.
@@ -183,13 +161,13 @@ class CoordinatorSection(_Section):
         return (self.public_key,) if isinstance(self.public_key, str) else self.public_key
 
 
-class DeviceSection(_Section):
+class DeviceSection(TomlSection):
     """Where training runs: "auto", "cpu", "cuda", "cuda:1"..."""
 
     name: str = "auto"
 
 
-class SiteConfig(_Section):
+class SiteConfig(TomlSection):
     """The whole of site.toml, and the folder it lies in."""
 
     site: SiteSection
@@ -237,11 +215,7 @@ def load_site_config(folder: Path) -> SiteConfig:
     try:
         config = SiteConfig.model_validate(read_toml(path))
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors()
-        ]
-        raise ConfigError(f"{path} is not usable:\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{path} is not usable:\n{bad_keys(error)}") from None
     if math.isnan(config.policy.max_epsilon):
         raise ConfigError(f"{path}: policy.max-epsilon is not a number")
     return config.model_copy(update={"folder": folder.resolve()})

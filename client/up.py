@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 from client.site_config import SITE_FILE, SiteConfig
-from common.errors import ConfigError, EngineError
+from common.errors import ConfigError
 from common.flower_process import find_command, flower_environment, free_port, http_answers
-from common.locks import LockHeldError, hold_lock
-from common.process_guard import end_marked, guarded_processes
 from common.supervisor import ChildSpec, Supervisor
-from common.supervisor_state import read_supervisor_state
+from common.up import only_up
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +31,17 @@ def run_site(config: SiteConfig) -> None:
     """
     check_connection(config)
     state = config.folder / "state"
+    home, state_file = state / "flower", state / "up.json"
     state.mkdir(mode=0o700, exist_ok=True)
-    try:
-        with hold_lock(state / "up.lock"):
-            _run(config, state)
-    except LockHeldError as error:
-        raise EngineError(
-            f"process {error.pid} is `consilium client up` for {config.folder} already; leave it, or end "
-            f"it first: kill {error.pid}"
-        ) from None
+    with only_up(
+        "consilium client up",
+        config.folder,
+        lock=state / "up.lock",
+        state_file=state_file,
+        home=home,
+    ) as guard:
+        logger.info("site %s, coordinator %s", config.site.name, config.coordinator.address)
+        Supervisor(site_processes(config, home), guard=guard, state_file=state_file).run()
 
 
 def check_connection(config: SiteConfig) -> None:
@@ -65,21 +65,6 @@ def check_connection(config: SiteConfig) -> None:
     if missing:
         listed = "\n".join(f"  {one}" for one in missing)
         raise ConfigError(f"{config.folder} cannot connect to its coordinator yet; add\n{listed}")
-
-
-def _run(config: SiteConfig, state: Path) -> None:
-    home = state / "flower"
-    home.mkdir(mode=0o700, exist_ok=True)
-    earlier = read_supervisor_state(state / "up.json")
-    if earlier is not None:
-        # Else what was killed a moment ago might still train.
-        end_marked(earlier.mark)
-    with guarded_processes(home / "guard.log") as guard:
-        supervisor = Supervisor(
-            site_processes(config, home), guard=guard, state_file=state / "up.json"
-        )
-        logger.info("site %s, coordinator %s", config.site.name, config.coordinator.address)
-        supervisor.run()
 
 
 def site_processes(config: SiteConfig, home: Path) -> list[ChildSpec]:

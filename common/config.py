@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import ConfigError
+from common.toml_section import TomlSection, kebab
 
 # A run's name: it becomes a file's name at every site.
 RUN_UID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -33,19 +34,8 @@ COORDINATOR_ONLY = ("evaluation.", "export.", "checkpoint.")
 SENT_TO_SITES = ("model.", "lora.", "data.", "train.", "privacy.")
 
 
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        alias_generator=_kebab,
-        populate_by_name=True,
-    )
+class _Section(TomlSection):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -260,7 +250,7 @@ class RunConfig(_Section):
             config = cls.model_validate(tree)
         except ValidationError as error:
             for item in error.errors():
-                key = ".".join(_kebab(str(part)) for part in item["loc"][:2])
+                key = ".".join(kebab(str(part)) for part in item["loc"][:2])
                 problem = item["msg"].removeprefix("Value error, ")
                 problems.append(f"  {key} = {item['input']!r}: {problem}")
         if config is not None:
@@ -273,7 +263,7 @@ class RunConfig(_Section):
     def flat(self) -> dict[str, Scalar]:
         """Return every key in its dotted form, in the order of this file."""
         return {
-            f"{_kebab(section)}.{_kebab(name)}": value
+            f"{kebab(section)}.{kebab(name)}": value
             for section, content in self
             for name, value in content
         }

@@ -10,11 +10,14 @@ import datetime
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from common.files import write_atomically
 
 _CA_DAYS = 3650
 # As long as browsers would take one for at most; renewing it needs no word from the hospitals.
@@ -65,6 +68,12 @@ def make_server_certificate(authority: Certified, *, hosts: Sequence[str]) -> Ce
         .sign(ca_key, hashes.SHA384())
     )
     return _pem(certificate, key)
+
+
+def save_certified(certified: Certified, folder: Path, name: str) -> None:
+    """Write NAME.key, which its owner alone may read, and NAME.crt."""
+    write_atomically(folder / f"{name}.key", certified.key, mode=0o600)
+    write_atomically(folder / f"{name}.crt", certified.certificate, mode=0o644)
 
 
 def _general_name(host: str) -> x509.GeneralName:

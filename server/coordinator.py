@@ -13,13 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from common.address import Address, HostPort, parse_address
 from common.config import read_toml
 from common.errors import ConfigError
 from common.flower_process import flower_environment
 from common.locks import lock_holder
+from common.toml_section import TomlSection, bad_keys
 from server.audit import AUDIT_FILE, KEY_FILE
 from server.flower_control import FlowerControl
 from server.roster import Roster
@@ -28,17 +29,7 @@ COORDINATOR_FILE = "coordinator.toml"
 _CONNECTION = "coordinator"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-        populate_by_name=True,
-    )
-
-
-class ServerSection(_Section):
+class ServerSection(TomlSection):
     """Where the SuperLink is. tls/server.crt must be good for every host named here."""
 
     # What hospitals connect to, from outside.
@@ -51,7 +42,7 @@ class ServerSection(_Section):
     local_address: HostPort | None = None
 
 
-class CoordinatorConfig(_Section):
+class CoordinatorConfig(TomlSection):
     """The whole of coordinator.toml."""
 
     server: ServerSection
@@ -166,8 +157,7 @@ def load_coordinator(folder: Path) -> Coordinator:
     try:
         config = CoordinatorConfig.model_validate(read_toml(path))
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(f"{path} is not usable:\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{path} is not usable:\n{bad_keys(error)}") from None
     coordinator = Coordinator(folder.resolve(), config)
     needed = (
         coordinator.ca,

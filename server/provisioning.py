@@ -17,7 +17,7 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from common.locks import hold_lock
 from common.signing import SigningKey
-from server.certificates import Certified, make_authority, make_server_certificate
+from server.certificates import make_authority, make_server_certificate, save_certified
 from server.coordinator import COORDINATOR_FILE, Coordinator, load_coordinator
 from server.flower_control import ControlError
 from server.roster import Roster, RosterEntry
@@ -54,8 +54,8 @@ def init_coordinator(
     authority = make_authority(f"Consilium coordinator {host}")
     hosts = list(dict.fromkeys([host, *more_hosts, *_LOCAL]))
     server = make_server_certificate(authority, hosts=hosts)
-    _save(authority, tls, "ca")
-    _save(server, tls, "server")
+    save_certified(authority, tls, "ca")
+    save_certified(server, tls, "server")
     write_atomically(folder / "superexec.secret", secrets.token_bytes(32), mode=0o600)
     SigningKey.generate().save(folder / "release.pem")
     SigningKey.generate().save(folder / "signing.pem")
@@ -115,8 +115,3 @@ def _enrol(coordinator: Coordinator, enrolment: Enrolment) -> bytes:
         SigningKey.load(coordinator.signing_key).public_hex,
     )
     return seal_bundle(bundle, SigningKey.load(coordinator.signing_key))
-
-
-def _save(certified: Certified, folder: Path, name: str) -> None:
-    write_atomically(folder / f"{name}.key", certified.key, mode=0o600)
-    write_atomically(folder / f"{name}.crt", certified.certificate, mode=0o644)

@@ -7,12 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from common.errors import EngineError
 from common.flower_process import find_command, http_answers
-from common.locks import LockHeldError, hold_lock
-from common.process_guard import end_marked, guarded_processes
 from common.supervisor import ChildSpec, Supervisor
-from common.supervisor_state import read_supervisor_state
+from common.up import only_up
 from server.coordinator import Coordinator
 from server.keeper import Keeper
 from server.launch import LAUNCH_VARIABLE
@@ -28,25 +25,14 @@ def run_coordinator(coordinator: Coordinator) -> None:
 
     Raises EngineError when another one runs in this folder, or when a process does not stay up.
     """
-    try:
-        with hold_lock(coordinator.up_lock):
-            _run(coordinator)
-    except LockHeldError as error:
-        raise EngineError(
-            f"process {error.pid} is `consilium server up` for {coordinator.folder} already; leave it, or "
-            f"end it first: kill {error.pid}"
-        ) from None
-
-
-def _run(coordinator: Coordinator) -> None:
-    home = coordinator.flower_home
-    for folder in (home, coordinator.launches):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    earlier = read_supervisor_state(coordinator.up_state)
-    if earlier is not None:
-        # Else what was killed a moment ago would still hold port and database.
-        end_marked(earlier.mark)
-    with guarded_processes(home / "guard.log") as guard:
+    coordinator.launches.mkdir(mode=0o700, exist_ok=True)
+    with only_up(
+        "consilium server up",
+        coordinator.folder,
+        lock=coordinator.up_lock,
+        state_file=coordinator.up_state,
+        home=coordinator.flower_home,
+    ) as guard:
         control = coordinator.control(mark=guard.mark)
         control.connect(coordinator.local_address, root_certificates=coordinator.ca)
         supervisor = Supervisor(
