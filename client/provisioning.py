@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import tomlkit
@@ -9,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.site_config import SITE_FILE, SiteConfig, load_site_config
-from common.enrolment import Bundle, Enrolment, seal_enrolment
+from common.enrolment import SITE_NAME, Bundle, Enrolment, seal_enrolment
 from common.errors import ConfigError
 from common.files import write_atomically
 from common.signing import load_or_generate
@@ -62,6 +63,11 @@ def init_site(
         raise ConfigError(
             f"{folder} holds a site already; its enrolment is {folder / ENROLMENT_FILE}. For another site "
             "choose another folder"
+        )
+    if not re.fullmatch(SITE_NAME, name):
+        raise ConfigError(
+            f"--name {name!r}: a site's name is 1 to 64 letters, digits, '.', '_' and '-', beginning with a "
+            "letter or digit"
         )
     if unit == "patient" and not patient_id:
         raise ConfigError("--unit patient needs --patient-id, the column that tells patients apart")

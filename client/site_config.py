@@ -10,11 +10,12 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from common.address import HostPort
 from common.config import read_toml
+from common.enrolment import SITE_NAME
 from common.errors import ConfigError
 from common.toml_section import TomlSection, bad_keys
 
 SITE_FILE = "site.toml"
-SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+SiteName = Annotated[str, StringConstraints(pattern=f"^{SITE_NAME}$")]
 IdentifierKind = Literal["names", "dates", "numbers", "addresses", "emails"]
 PublicKeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -151,7 +152,8 @@ class CoordinatorSection(TomlSection):
     def _somebody_is_believed(self) -> CoordinatorSection:
         if not self.public_keys:
             raise ValueError(
-                "public-key is an empty list; give the key of at least one coordinator"
+                "public-key is an empty list; give the key of at least one coordinator, or let "
+                "`consilium client join BUNDLE` write it"
             )
         return self
 

@@ -25,8 +25,9 @@ from common.canonical import canonical_json, from_canonical
 from common.errors import ProtocolError, SignatureError
 from common.signing import BUNDLE_DOMAIN, ENROLMENT_DOMAIN, SigningKey, verify
 
+# It becomes the name of files and folders.
+SITE_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
-_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_BYTES = 64 * 1024
 
 
@@ -89,7 +90,7 @@ def open_enrolment(data: bytes) -> Enrolment:
     """
     opened = _open(data, Enrolment, domain=ENROLMENT_DOMAIN, key="signing_key")
     problems = []
-    if not _SITE_NAME.fullmatch(opened.site):
+    if not re.fullmatch(SITE_NAME, opened.site):
         problems.append(
             f"site {opened.site[:64]!r} is no name of letters, digits, '.', '_' and '-'"
         )

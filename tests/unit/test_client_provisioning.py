@@ -124,3 +124,12 @@ def test_joining_one_of_several_coordinators_again_keeps_the_others(folder: Path
     config = join(folder, replace(BUNDLE, address="other.example.org:8000"))
     assert config.coordinator.public_keys == (key, other)
     assert config.coordinator.address == "other.example.org:8000"
+
+
+@pytest.mark.parametrize("name", ["St. Mary", "", "../bern", ".bern", "x" * 65, "bern\n"])
+def test_a_name_that_the_coordinator_would_refuse_makes_no_folder(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ConfigError, match="a site's name is 1 to 64 letters"):
+        init_site(tmp_path / "new", name=name, declared_size=10, unit="record")
+    assert not (tmp_path / "new").exists()
