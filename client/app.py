@@ -2,10 +2,11 @@
 
 The hospital chooses by node config where the site is; nothing in a run config or a task can:
 
-    site-dir = "/srv/consilium"   the site is opened in this very process (in-process mode)
+    agent = "/run/consilium/agent.sock"   its agent, a process of its own (`consilium client agent`)
+    site-dir = "/srv/consilium"           the site is opened in this very process (in-process mode)
 
 In Flower's simulation engine, whose node config holds only a partition number, the environment
-variable CONSILIUM_SITES names a folder of site folders; node n is the n-th by name.
+variable CONSILIUM_SITES names a folder of site folders; node n is the n-th by name, in-process.
 """
 
 from __future__ import annotations
@@ -13,18 +14,13 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from common.errors import ConfigError, ConsiliumError
-from common.records import envelope_of, error_code, to_records
-
-if TYPE_CHECKING:
-    from client.site import Site
+from common.records import Envelope, envelope_of, error_code, to_records
 
 SITES_VARIABLE = "CONSILIUM_SITES"
 
@@ -49,8 +45,7 @@ def train(message: Message, context: Context) -> Message:
 
 def _relay(message: Message, context: Context) -> Message:
     try:
-        site = open_site(site_folder(context))
-        reply = site.answer(envelope_of(message))
+        reply = _ask(context, envelope_of(message))
     except Exception as error:
         # Nothing vouches for this task, or the site cannot even be opened: no signed answer, and
         # Flower would carry an exception's text to the coordinator word for word.
@@ -60,6 +55,20 @@ def _relay(message: Message, context: Context) -> Message:
         refusal = Error(code=_UNANSWERED, reason=f"{error_code(error)} {correlation_id}")
         return Message(refusal, reply_to=message)
     return Message(to_records(reply), reply_to=message)
+
+
+def _ask(context: Context, envelope: Envelope) -> Envelope:
+    # Each only where it is wanted: a relay is a new process for every message, and half of its time is
+    # spent on imports.
+    agent = context.node_config.get("agent")
+    if agent is not None:
+        from client.agent_stub import ask_agent
+
+        return ask_agent(Path(str(agent)), envelope)
+    folder = site_folder(context)
+    from client.in_process import answer_in_process
+
+    return answer_in_process(folder, envelope)
 
 
 def site_folder(context: Context) -> Path:
@@ -72,13 +81,6 @@ def site_folder(context: Context) -> Path:
         folders = sorted(path for path in Path(sites).iterdir() if path.is_dir())
         return folders[int(node["partition-id"])]
     raise ConfigError(
-        "this node's config names no site; start the SuperNode with --node-config 'site-dir=\"...\"'"
+        "this node's config names neither an agent nor a site; start the SuperNode with "
+        "--node-config 'agent=\"...\"'"
     )
-
-
-@lru_cache(maxsize=128)
-def open_site(folder: Path) -> Site:
-    """Return the site of a folder, opened once per process."""
-    from client.site import Site
-
-    return Site.open(folder)

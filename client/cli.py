@@ -15,14 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from client import cli_agent
+from client.cli_agent import Json, SiteDir
 from client.ledger_report import ledger_table, report_ledger
 from client.sent import manifest_table
-from client.site_config import load_site_config
-from client.up import run_site
 from common.audit_log import AuditEntry, verify_audit_log
 from common.canonical import plain_json
 from common.chain import ChainHead, parse_head
-from common.cli import console, set_up_logging
+from common.cli import console
 from common.config import load_run_config
 from common.enrolment import open_bundle
 from common.errors import ConfigError, PolicyError
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     from client.site import Site
 
 app = typer.Typer(no_args_is_help=True, help="One hospital's own side.")
+for command in (cli_agent.up, cli_agent.status, cli_agent.cancel, cli_agent.agent, cli_agent.node):
+    app.command()(command)
+app.command("node-init")(cli_agent.node_init)
 
 Unit = Literal["patient", "record"]
-SiteDir = Annotated[
-    Path, typer.Option("--site", help="The hospital's folder, with site.toml in it.")
-]
-Json = Annotated[bool, typer.Option("--json", help="For another program to read.")]
 
 
 @app.command()
@@ -85,17 +84,8 @@ def join(
     )
 
 
-@app.command()
-def up(site: SiteDir = Path()) -> None:
-    """Connect this hospital to its coordinator and answer its tasks, until it is stopped."""
-    set_up_logging(verbose=True)
-    config = load_site_config(site)
-    run_site(config)
-    console.print(f"Stopped. Logs: {site / 'state' / 'flower'}", soft_wrap=True)
-
-
 def _open(folder: Path) -> Site:
-    # Only here, because it loads torch: `up` would hold that in memory for weeks.
+    # Only here, because it loads torch.
     from client.site import Site
 
     return Site.open(folder)

@@ -15,11 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from client.policy import planned_records
-from common.adapter import AdapterShape, AdapterState, LoraPair
+from common.adapter import AdapterShape
 from common.config import LoraSection, RunConfig
 from common.errors import ModelError
 from common.files import write_atomically
@@ -98,7 +97,7 @@ def run_cost(
     measured = per_record_s is not None
     if per_record_s is None:
         per_record_s = _probed_seconds(model, run, device=device)
-    one_way = run.train.rounds * safetensors_size(model.shape)
+    one_way = run.train.rounds * model.shape.safetensors_size()
     return RunCost(
         unit=run.privacy.unit,
         epsilon=compose_epsilon(
@@ -113,25 +112,6 @@ def run_cost(
         hours=run.train.rounds * planned_records(run) * per_record_s / 3600,
         hours_measured=measured,
     )
-
-
-def safetensors_size(shape: AdapterShape) -> int:
-    """Return the bytes of an adapter of a shape in its wire form, to the byte.
-
-    The file is 8 bytes, a JSON header padded to a multiple of 8, and the tensors.
-    Source: the safetensors format's description.
-    """
-    header, offset = {}, 0
-    for name, array in _weightless(shape).tensors().items():
-        end = offset + array.nbytes
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(array.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + math.ceil(header_bytes / 8) * 8 + offset
 
 
 class Speeds:
@@ -228,15 +208,3 @@ def _planned_model(folder: str, digest: str, lora: LoraSection, rank: int) -> Pl
     base = BaseModel(model, None, digest, torch.device("meta"))
     with torch.device("meta"):
         return PlannedModel(digest, adapter_shape(base, lora, rank=rank), num_parameters)
-
-
-def _weightless(shape: AdapterShape) -> AdapterState:
-    """An adapter whose factors are one zero each, repeated without memory."""
-    zero = np.float32(0)
-    pairs = {
-        name: LoraPair(
-            np.broadcast_to(zero, (shape.rank, d_in)), np.broadcast_to(zero, (d_out, shape.rank))
-        )
-        for name, (d_out, d_in) in shape.modules.items()
-    }
-    return AdapterState(pairs, shape.scaling)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from common.adapter import AdapterShape, AdapterState, from_safetensors
 from common.errors import EgressError, ProtocolError, ShapeError
+from common.files import Buffer
 
 # Numbers that any reply may carry: public constants only, the same whatever the records are.
 PUBLIC_NUMBERS = frozenset({"steps", "declared-size", "max-rank"})
@@ -16,7 +18,15 @@ PUBLIC_NUMBERS = frozenset({"steps", "declared-size", "max-rank"})
 OPTIONAL_NUMBERS = frozenset({"train-loss", "train-seconds"})
 
 
-def check_adapter(data: bytes, *, shape: AdapterShape, max_norm: float) -> AdapterState:
+@dataclass(frozen=True, slots=True)
+class CheckedAdapter:
+    """An adapter that may leave. data: the very bytes; state: what is in them, as views of them."""
+
+    data: Buffer
+    state: AdapterState
+
+
+def check_adapter(data: Buffer, *, shape: AdapterShape, max_norm: float) -> CheckedAdapter:
     """Return the adapter in the very bytes about to leave.
 
     shape: what the task asked to be trained. max_norm: policy.max-adapter-norm, of all tensors together.
@@ -29,7 +39,8 @@ def check_adapter(data: bytes, *, shape: AdapterShape, max_norm: float) -> Adapt
         raise EgressError(f"the outgoing adapter is not what was asked for: {error}") from None
     if not state.is_finite():
         raise EgressError("the outgoing adapter holds values that are not finite")
-    if data != state.to_safetensors():
+    header = shape.safetensors_header()
+    if len(data) != shape.safetensors_size() or data[: len(header)] != header:
         raise EgressError("the outgoing file holds more than its tensors")
     norm = adapter_norm(state)
     if norm > max_norm:
@@ -37,7 +48,7 @@ def check_adapter(data: bytes, *, shape: AdapterShape, max_norm: float) -> Adapt
             f"policy.max-adapter-norm = {max_norm:g}: the outgoing adapter has norm {norm:.3g}, as one "
             "that diverged; lower train.learning-rate, or raise that line in site.toml"
         )
-    return state
+    return CheckedAdapter(data, state)
 
 
 def adapter_norm(state: AdapterState) -> float:

@@ -58,6 +58,10 @@ class ExampleStore:
         self._kept = (key, loaded)
         return loaded
 
+    def forget(self) -> None:
+        """Let the records leave the memory."""
+        self._kept = None
+
     def _read(self, base: BaseModel, run: RunConfig, *, by_patient: bool) -> LocalExamples:
         own = self._config.data
         scrubber = Scrubber(own.scrub) if own.scrub else None

@@ -7,6 +7,7 @@ noise state, only what left or is about to leave.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import fsync_folder, write_atomically
+from common.files import Buffer, fsync_folder, write_atomically
 
 _ABANDONED_S = 24 * 3600.0
 _ADAPTER, _REST = "adapter.safetensors", "rest.json"
@@ -25,10 +26,11 @@ _ADAPTER, _REST = "adapter.safetensors", "rest.json"
 class Outcome:
     """What training one task gave: adapter as safetensors bytes, and numbers that may leave.
 
+    adapter: one that was found is a view of its file, which takes no memory of its own.
     failure: the error code that is this task's one answer, "" when it succeeded; the rest is empty then.
     """
 
-    adapter: bytes
+    adapter: Buffer
     numbers: Mapping[str, float]
     failure: str = ""
 
@@ -47,10 +49,14 @@ class Outbox:
         if not folder.is_dir():
             return None
         rest = json.loads((folder / _REST).read_text())
-        return Outcome((folder / _ADAPTER).read_bytes(), rest["numbers"], rest["failure"])
+        return Outcome(_map(folder / _ADAPTER), rest["numbers"], rest["failure"])
+
+    def holds(self, task_id: str) -> bool:
+        """Whether an outcome is stored for a task."""
+        return (self._folder / task_id).is_dir()
 
     def store(self, task_id: str, outcome: Outcome) -> Outcome:
-        """Keep an outcome durably and return the one that stands.
+        """Keep an outcome durably and return the one that stands, as `find` does.
 
         When another process stored one for this task first, that one stands and ours is dropped:
         one output per task ever leaves.
@@ -68,7 +74,8 @@ class Outbox:
                     raise
                 return standing
             fsync_folder(self._folder)
-            return outcome
+            # The one on disk: memory needs no second one.
+            return self.find(task_id) or outcome
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -77,3 +84,11 @@ class Outbox:
         for leftover in self._folder.glob(".writing-*"):
             if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _map(path: Path) -> Buffer:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            # Which cannot be mapped.
+            return b""
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

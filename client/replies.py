@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from client.egress import check_numbers
+from client.egress import CheckedAdapter, check_numbers
 from client.ledger import Ledger
 from client.sent import Manifests, manifest_of
 from client.site_config import SiteConfig
@@ -64,7 +64,7 @@ class Replies:
         task: Task,
         numbers: Mapping[str, float],
         *,
-        adapter: bytes = b"",
+        adapter: CheckedAdapter | None = None,
         privacy: PrivacyRow | None = None,
     ) -> Envelope:
         """Write the receipt of what is about to leave, then sign it."""
@@ -80,7 +80,7 @@ class Replies:
             round=task.server_round,
             manifest=self._manifests.store(manifest),
             adapter_digest=manifest.adapter_digest,
-            size_bytes=len(adapter),
+            size_bytes=manifest.adapter_bytes,
             tensors=len(manifest.tensors),
             numbers=dict(numbers),
             privacy=None if privacy is None else asdict(privacy),
@@ -89,11 +89,11 @@ class Replies:
             "run %s round %d: reply of %d adapter bytes",
             task.run_uid,
             task.server_round,
-            len(adapter),
+            manifest.adapter_bytes,
         )
         digest = manifest.adapter_digest
         reply = self._reply(task, numbers=numbers, adapter_digest=digest, privacy=privacy)
-        return seal_reply(reply, self._key, adapter=adapter)
+        return seal_reply(reply, self._key, adapter=b"" if adapter is None else adapter.data)
 
     def refuse(self, task: Task, error: Exception) -> Envelope:
         """Return the reply to a task that was refused or failed; the reason stays here."""

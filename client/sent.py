@@ -17,9 +17,8 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
-from safetensors.numpy import load
 
-from common.adapter import digest_tensors
+from client.egress import CheckedAdapter
 from common.canonical import canonical_json, from_canonical, plain_json
 from common.errors import AuditError
 from common.files import write_atomically
@@ -66,20 +65,17 @@ class Manifest:
 
 
 def manifest_of(
-    adapter: bytes, *, numbers: Mapping[str, float], privacy: PrivacyRow | None
+    adapter: CheckedAdapter | None, *, numbers: Mapping[str, float], privacy: PrivacyRow | None
 ) -> Manifest:
-    """Return the manifest of a reply that passed client.egress.
-
-    adapter: the very bytes that leave, b"" for none.
-    """
-    tensors = load(adapter) if adapter else {}
+    """Return the manifest of a reply that passed client.egress. adapter: None for none."""
+    tensors = {} if adapter is None else adapter.state.tensors()
     return Manifest(
         tensors=tuple(
             ManifestTensor(name, tuple(array.shape), str(array.dtype))
             for name, array in sorted(tensors.items())
         ),
-        adapter_digest=digest_tensors(tensors) if adapter else "",
-        adapter_bytes=len(adapter),
+        adapter_digest="" if adapter is None else adapter.state.digest(),
+        adapter_bytes=0 if adapter is None else len(adapter.data),
         numbers=tuple(sorted(numbers.items())),
         privacy=privacy,
     )

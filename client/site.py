@@ -16,13 +16,13 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from client.approvals import Approvals
 from client.cost import RunCost, Speeds
-from client.egress import check_adapter
+from client.egress import CheckedAdapter, check_adapter
 from client.examples import LocalExamples
 from client.gate import Gate
 from client.ledger import Ledger, LedgerRow, Settlement
@@ -35,12 +35,13 @@ from client.sent import Manifest, Manifests, manifest_of
 from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
 from client.training import Workbench, open_adapter
-from client.turn import Turn
+from client.turn import PATIENT, Caller, Turn
 from common.adapter import AdapterState
 from common.audit_log import AuditLog
 from common.config import RunConfig
 from common.errors import (
     BudgetError,
+    CancelledError,
     DataError,
     DiskError,
     ExpiredError,
@@ -49,7 +50,7 @@ from common.errors import (
     ProtocolError,
     SignatureError,
 )
-from common.files import is_disk_full
+from common.files import Buffer, is_disk_full
 from common.privacy import compose_epsilon
 from common.receipts import Receipt, open_receipt
 from common.records import (
@@ -79,6 +80,15 @@ class DryRun:
     manifest: Manifest
     cost: RunCost
     local: LocalExamples
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What a training task's reply carries."""
+
+    adapter: CheckedAdapter
+    numbers: Mapping[str, float]
+    privacy: PrivacyRow
 
 
 class Site:
@@ -120,12 +130,15 @@ class Site:
         config = load_site_config(folder)
         return cls(config, SigningKey.load(config.signing_key_path))
 
-    def answer(self, envelope: Envelope, *, now_s: float | None = None) -> Envelope:
+    def answer(
+        self, envelope: Envelope, *, now_s: float | None = None, caller: Caller = PATIENT
+    ) -> Envelope:
         """Return the signed reply to a task.
 
         now_s: Unix seconds; the clock when None.
         Whatever goes wrong after the task is known to be the coordinator's leaves as a code and a
-        correlation id. Raises SignatureError or ProtocolError, and answers nothing, before that.
+        correlation id. Raises SignatureError or ProtocolError, and answers nothing, before that; BusyError
+        when another task is trained and the caller does not wait for it.
         """
         now_s = time.time() if now_s is None else now_s
         try:
@@ -140,6 +153,8 @@ class Site:
             received = hashlib.sha256(envelope.payload).hexdigest()
             self.audit.append("refused", task_sha256=received, code=error.code, why=in_words(error))
             raise
+        if task.kind == "train":
+            self._turn.require_free(task, caller)
         try:
             check_not_expired(task, now_s=now_s)
             # From here on by a clock that nobody sets.
@@ -147,9 +162,9 @@ class Site:
             check_run_uid(task.run_uid)
             if task.kind == "describe":
                 return self._replies.seal(task, self._describe(task, signer))
-            outcome, privacy = self._train(task, envelope.adapter, signer, ends_s=ends_s)
+            trained = self._train(task, envelope.adapter, signer, ends_s=ends_s, caller=caller)
             return self._replies.seal(
-                task, outcome.numbers, adapter=outcome.adapter, privacy=privacy
+                task, trained.numbers, adapter=trained.adapter, privacy=trained.privacy
             )
         except Exception as error:
             if is_disk_full(error):
@@ -181,9 +196,17 @@ class Site:
         cost = self._gate.cost(plan, base_digest=digest)
         trained = self._workbench.train(task, checked, plan.dp, incoming=None, on_step=on_step)
         privacy = _privacy_row(plan, rows=[plan.charge])
-        outcome = trained.outcome
-        manifest = manifest_of(outcome.adapter, numbers=outcome.numbers, privacy=privacy)
+        manifest = manifest_of(trained.adapter, numbers=trained.numbers, privacy=privacy)
         return DryRun(manifest, cost, trained.local)
+
+    @property
+    def loaded_base(self) -> str:
+        """The digest of the base model that is in memory, "" when none is."""
+        return self._workbench.loaded_base
+
+    def release_base(self) -> None:
+        """Let base model and records leave the memory; the next task brings them back."""
+        self._workbench.release()
 
     def lag(self, receipt: bytes) -> Lag:
         """Return how far ledger and log stand behind the coordinator's receipt. Raises as `settle` does."""
@@ -239,15 +262,15 @@ class Site:
         return {"declared-size": config.data.declared_size, "max-rank": config.policy.max_rank}
 
     def _train(
-        self, task: Task, incoming: bytes, signer: str, *, ends_s: float
-    ) -> tuple[Outcome, PrivacyRow]:
+        self, task: Task, incoming: Buffer, signer: str, *, ends_s: float, caller: Caller
+    ) -> _Trained:
         plan = self._gate.consider(task, signer=signer)
         self._record_task(task)
         # Before the charge: what cannot be trained from must not cost the hospital anything.
         shape = self._gate.planned(plan, base_digest=task.base_digest).shape
         adapter = open_adapter(incoming, shape=shape, digest=task.adapter_digest)
         self._check_space(task, adapter_bytes=len(incoming))
-        with self._turn.take(task, ends_s=ends_s) as on_step:
+        with self._turn.take(task, ends_s=ends_s, caller=caller) as on_step:
             # Again: while it waited, the hospital may have declined, or another task taken the last steps.
             plan = self._gate.consider(task, signer=signer)
             self._gate.charge(plan)
@@ -262,12 +285,15 @@ class Site:
         if outcome.failure:
             raise FailedTaskError(outcome.failure)
         # The file may have been exchanged since it was written.
-        check_adapter(outcome.adapter, shape=shape, max_norm=self.config.policy.max_adapter_norm)
-        return outcome, _privacy_row(plan, rows=self._gate.own_rows(task.run_uid))
+        leaving = check_adapter(
+            outcome.adapter, shape=shape, max_norm=self.config.policy.max_adapter_norm
+        )
+        privacy = _privacy_row(plan, rows=self._gate.own_rows(task.run_uid))
+        return _Trained(leaving, outcome.numbers, privacy)
 
     def _check_space(self, task: Task, *, adapter_bytes: int) -> None:
         """What cannot be written down afterwards need not be trained."""
-        if self._outbox.find(task.task_id) is not None:
+        if self._outbox.holds(task.task_id):
             return
         state = self.config.folder / "state"
         needed, free = 3 * adapter_bytes + _SPARE_BYTES, shutil.disk_usage(state).free
@@ -293,7 +319,7 @@ class Site:
         plan: TaskPlan,
         adapter: AdapterState,
         *,
-        on_step: Callable[[], None],
+        on_step: Callable[[int], None],
     ) -> Outcome:
         """Return what a task gave, on disk: an adapter, or that it failed.
 
@@ -303,9 +329,12 @@ class Site:
         """
         try:
             trained = self._workbench.train(
-                task, plan.run, plan.dp, incoming=adapter, on_step=lambda step: on_step()
-            ).outcome
-        except (DataError, ModelError, SignatureError, ExpiredError, OvertakenError):
+                task, plan.run, plan.dp, incoming=adapter, on_step=on_step
+            )
+            outcome = Outcome(trained.adapter.data, trained.numbers)
+        except (
+            DataError, ModelError, SignatureError, ExpiredError, OvertakenError, CancelledError,
+        ):  # fmt: skip
             raise
         except Exception as error:
             if is_disk_full(error):
@@ -313,8 +342,8 @@ class Site:
             logger.error("task %s failed: %s", task.task_id[:12], in_words(error))
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.debug("where task %s failed:\n%s", task.task_id[:12], frames)
-            trained = Outcome(b"", {}, failure=error_code(error))
-        return self._outbox.store(task.task_id, trained)
+            outcome = Outcome(b"", {}, failure=error_code(error))
+        return self._outbox.store(task.task_id, outcome)
 
     def _record_task(self, task: Task) -> None:
         self.audit.append(

@@ -169,6 +169,17 @@ class DeviceSection(TomlSection):
     name: str = "auto"
 
 
+class AgentSection(TomlSection):
+    """The process that holds data, model and keys between tasks."""
+
+    # Where the relay reaches it; relative to this folder. Elsewhere, such as /run/consilium/agent.sock, where
+    # the relay runs as another user, who cannot look into this folder.
+    socket: str = "state/agent.sock"
+    # After so long without a task the base model leaves the memory. Longer saves loading it again; shorter
+    # gives the GPU back sooner.
+    idle_unload_s: float = Field(1800.0, gt=0)
+
+
 class SiteConfig(TomlSection):
     """The whole of site.toml, and the folder it lies in."""
 
@@ -178,6 +189,7 @@ class SiteConfig(TomlSection):
     coordinator: CoordinatorSection
     keys: KeysSection = Field(default_factory=KeysSection)
     device: DeviceSection = Field(default_factory=DeviceSection)
+    agent: AgentSection = Field(default_factory=AgentSection)
     folder: Path = Field(default=Path(), exclude=True)
 
     @property
@@ -199,6 +211,16 @@ class SiteConfig(TomlSection):
     def root_certificates_path(self) -> Path:
         """Where the certificate that vouches for the coordinator is."""
         return self.folder / self.coordinator.root_certificates
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the relay reaches the agent."""
+        return self.folder / self.agent.socket
+
+    @property
+    def control_socket_path(self) -> Path:
+        """Where the hospital's own people reach the agent; the relay cannot."""
+        return self.folder / "state" / "agent-control.sock"
 
     @property
     def models(self) -> dict[str, Path]:

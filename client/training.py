@@ -6,25 +6,26 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from client.cost import PlannedModel, Speeds
 from client.dp import signal_to_noise
-from client.egress import check_adapter, check_numbers
+from client.egress import CheckedAdapter, check_adapter, check_numbers
 from client.examples import ExampleStore, LocalExamples
 from client.noise import Entropy
-from client.outbox import Outcome
 from client.site_config import SiteConfig
 from client.trainer import DpSettings, train
 from common.adapter import AdapterShape, AdapterState, from_safetensors
 from common.config import RunConfig
 from common.errors import ShapeError, SignatureError, TrainingError
+from common.files import Buffer
 from common.model import (
     attached,
     choose_device,
     load_base,
     read_adapter,
+    release_base,
     shape_of,
     write_adapter,
 )
@@ -40,7 +41,8 @@ FEW_PATIENTS = 500
 class TrainedTask:
     """What may leave, and what stays: how the records were read."""
 
-    outcome: Outcome
+    adapter: CheckedAdapter
+    numbers: Mapping[str, float]
     local: LocalExamples
 
 
@@ -55,6 +57,18 @@ class Workbench:
         self._speeds = speeds
         self._entropy = entropy
         self._warned = False
+        self._loaded = ""
+
+    @property
+    def loaded_base(self) -> str:
+        """The digest of the base model that is in memory, "" when none is."""
+        return self._loaded
+
+    def release(self) -> None:
+        """Let base model and records leave the memory; the next task brings them back."""
+        self._store.forget()
+        release_base()
+        self._loaded = ""
 
     def train(
         self,
@@ -77,6 +91,7 @@ class Workbench:
             device=choose_device(config.device.name),
             expected_digest=task.base_digest,
         )
+        self._loaded = base.digest
         with attached(base, run.lora) as model:
             shape = shape_of(model, run.lora, run.lora.rank)
             if incoming is not None:
@@ -101,7 +116,7 @@ class Workbench:
         num_parameters = sum(parameter.numel() for parameter in base.model.parameters())
         planned = PlannedModel(base.digest, shape, num_parameters)
         self._speeds.add(planned, run, seconds=result.seconds)
-        check_adapter(outgoing, shape=shape, max_norm=policy.max_adapter_norm)
+        adapter = check_adapter(outgoing, shape=shape, max_norm=policy.max_adapter_norm)
         numbers: dict[str, float] = {"steps": result.steps}
         if "train-loss" in policy.release_metrics and math.isfinite(result.mean_loss):
             numbers["train-loss"] = result.mean_loss
@@ -110,7 +125,7 @@ class Workbench:
         checked = check_numbers(
             numbers, released=policy.release_metrics, digits=policy.metric_digits
         )
-        return TrainedTask(Outcome(outgoing, checked), local)
+        return TrainedTask(adapter, checked, local)
 
     def _warn_of_few_patients(self, dp: DpSettings, num_patients: int, shape: AdapterShape) -> None:
         """Say once, in the hospital's own log, that there is more noise than signal to expect."""
@@ -148,7 +163,7 @@ def _until(max_hours: float, *, then: Callable[[int], None]) -> Callable[[int], 
     return on_step
 
 
-def open_adapter(data: bytes, *, shape: AdapterShape, digest: str) -> AdapterState:
+def open_adapter(data: Buffer, *, shape: AdapterShape, digest: str) -> AdapterState:
     """Return the adapter that came with a task, which signed its digest.
 
     Raises SignatureError for another one, ShapeError or ProtocolError for one that is not of `shape`, or

@@ -16,9 +16,10 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from common.errors import ProtocolError, ShapeError
+from common.files import Buffer
 
 Float32 = npt.NDArray[np.float32]
 
@@ -84,9 +85,11 @@ class AdapterState:
         return digest_tensors(self.tensors())
 
     def to_safetensors(self) -> bytes:
-        """Return the wire form."""
-        data: bytes = save({n: np.ascontiguousarray(a) for n, a in self.tensors().items()})
-        return data
+        """Return the wire form: byte for byte what the safetensors library writes, in one allocation."""
+        tensors = self.tensors()
+        header = _safetensors_header({name: array.shape for name, array in tensors.items()})
+        arrays = (np.ascontiguousarray(array, dtype="<f4").data for array in tensors.values())
+        return b"".join([header, *arrays])
 
     def product_norm_bound(self) -> float:
         """Return an upper bound of every module's Frobenius norm of scaling * B @ A."""
@@ -125,6 +128,22 @@ class AdapterShape:
         """Bytes of all factors in float32."""
         return sum(4 * self.rank * (d_out + d_in) for d_out, d_in in self.modules.values())
 
+    def tensor_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return PEFT's tensor names -> shapes, sorted by name."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, (d_out, d_in) in self.modules.items():
+            shapes[f"{_PREFIX}{name}{_A}"] = (self.rank, d_in)
+            shapes[f"{_PREFIX}{name}{_B}"] = (d_out, self.rank)
+        return dict(sorted(shapes.items()))
+
+    def safetensors_header(self) -> bytes:
+        """Return what stands before the tensors in the wire form of every adapter of this shape."""
+        return _safetensors_header(self.tensor_shapes())
+
+    def safetensors_size(self) -> int:
+        """Return the bytes of the wire form of every adapter of this shape, to the byte."""
+        return len(self.safetensors_header()) + self.size_bytes
+
 
 def lora_scaling(*, alpha: float, rank: int, use_rslora: bool) -> float:
     """Return s in s * B @ A: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2312.03732)."""
@@ -140,28 +159,59 @@ def digest_tensors(tensors: Mapping[str, Float32]) -> str:
     return digest.hexdigest()
 
 
-def from_safetensors(data: bytes, *, shape: AdapterShape) -> AdapterState:
+def from_safetensors(data: Buffer, *, shape: AdapterShape) -> AdapterState:
     """Return the adapter in safetensors bytes, which must be exactly of `shape`.
 
+    In our own wire form its arrays are views of `data`, which nothing copies; in any other form of
+    safetensors they are the library's copies.
     Raises ProtocolError when the bytes are no safetensors or too many, ShapeError when a tensor is
     missing, unknown, of another shape or not float32. Values are not looked at.
     """
     limit = shape.size_bytes + 1024 * (len(shape.modules) + 8)
     if len(data) > limit:
         raise ProtocolError(f"an adapter of {len(data)} bytes, where at most {limit} are expected")
+    header = shape.safetensors_header()
+    if len(data) == len(header) + shape.size_bytes and data[: len(header)] == header:
+        return state_from_tensors(_views(data, shape, start=len(header)), shape=shape)
     try:
-        tensors = load(data)
+        tensors = load(bytes(data))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         raise ProtocolError(f"{len(data)} bytes are not a safetensors file") from None
     return state_from_tensors(tensors, shape=shape)
 
 
+def _views(data: Buffer, shape: AdapterShape, *, start: int) -> dict[str, Float32]:
+    views: dict[str, Float32] = {}
+    for name, (rows, columns) in shape.tensor_shapes().items():
+        flat = np.frombuffer(data, dtype="<f4", count=rows * columns, offset=start)
+        views[name] = flat.reshape(rows, columns)
+        start += flat.nbytes
+    return views
+
+
+def _safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """Return the length and the JSON that the safetensors library writes before float32 tensors.
+
+    shapes: of the tensors, in their order in the file, which is that of their names.
+    Source: the safetensors format's description; the padding to 8 bytes is the library's.
+    """
+    header, offset = {}, 0
+    for name, dimensions in shapes.items():
+        end = offset + 4 * math.prod(dimensions)
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(dimensions),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def state_from_tensors(tensors: Mapping[str, Float32], *, shape: AdapterShape) -> AdapterState:
     """Return named tensors as an adapter of `shape`. Raises ShapeError naming what does not fit."""
-    expected: dict[str, tuple[int, int]] = {}
-    for name, (d_out, d_in) in shape.modules.items():
-        expected[f"{_PREFIX}{name}{_A}"] = (shape.rank, d_in)
-        expected[f"{_PREFIX}{name}{_B}"] = (d_out, shape.rank)
+    expected = shape.tensor_shapes()
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unknown:
         raise ShapeError(

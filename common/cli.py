@@ -95,3 +95,7 @@ def main() -> None:
         if end.code == INTERRUPTED:
             _errors.print("[yellow]interrupted[/]; what was saved stands")
         raise
+
+
+if __name__ == "__main__":
+    main()

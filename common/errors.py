@@ -17,6 +17,8 @@
     ├── TrainingError               local training went wrong (adapter not finite or unmoved, time is up)
     ├── ExpiredError                a task's time was over, when it came or while it was trained
     ├── OvertakenError              a later round's task took the place of this one
+    ├── CancelledError              whoever asked for a task went away, or the hospital stopped it
+    ├── BusyError                   the site works on another task
     ├── DiskError                   a disk is full
     ├── ScreeningError              a reply was refused by the coordinator
     ├── QuorumError                 too few sites or replies; the run stopped
@@ -136,6 +138,18 @@ class OvertakenError(ConsiliumError):
     """A later round of the same run took this task's place; it is settled and never trained again."""
 
     code = "overtaken"
+
+
+class CancelledError(ConsiliumError):
+    """Whoever asked for a task went away, or the hospital stopped it; its charge stands."""
+
+    code = "cancelled"
+
+
+class BusyError(ConsiliumError):
+    """The site works on another task; asking again later is the remedy."""
+
+    code = "busy"
 
 
 class DiskError(ConsiliumError):

@@ -7,10 +7,13 @@ import os
 import tempfile
 from pathlib import Path
 
+# Bytes in memory, or a view of a file that is mapped.
+Buffer = bytes | memoryview
+
 _DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+def write_atomically(path: Path, content: Buffer, *, mode: int = 0o644) -> None:
     """Write `content` to `path` by temporary file, fsync, rename and fsync of the folder.
 
     mode: permission bits of the new file, never wider than this even for a moment.

@@ -29,7 +29,7 @@ from common.errors import (
     SignatureError,
     known_codes,
 )
-from common.files import is_disk_full
+from common.files import Buffer, is_disk_full
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey, verify, verify_any
 
 # Raised whenever a field or its meaning changes; a site refuses any other and says so in words.
@@ -155,7 +155,7 @@ class Envelope:
 
     payload: bytes
     signature: bytes
-    adapter: bytes = b""
+    adapter: Buffer = b""
 
     @property
     def size_bytes(self) -> int:
@@ -163,13 +163,13 @@ class Envelope:
         return len(self.payload) + len(self.signature) + len(self.adapter)
 
 
-def seal_task(task: Task, key: SigningKey, *, adapter: bytes = b"") -> Envelope:
+def seal_task(task: Task, key: SigningKey, *, adapter: Buffer = b"") -> Envelope:
     """Return `task` signed by the coordinator."""
     payload = task.canonical()
     return Envelope(payload, key.sign(payload, domain=TASK_DOMAIN), adapter)
 
 
-def seal_reply(reply: Reply, key: SigningKey, *, adapter: bytes = b"") -> Envelope:
+def seal_reply(reply: Reply, key: SigningKey, *, adapter: Buffer = b"") -> Envelope:
     """Return `reply` signed by the site."""
     payload = reply.canonical()
     return Envelope(payload, key.sign(payload, domain=REPLY_DOMAIN), adapter)
@@ -237,7 +237,7 @@ def to_records(envelope: Envelope) -> RecordDict:
     records = RecordDict()
     records[_ENVELOPE] = ConfigRecord({_PAYLOAD: envelope.payload, _SIGNATURE: envelope.signature})
     if envelope.adapter:
-        array = Array("uint8", (len(envelope.adapter),), _STYPE, envelope.adapter)
+        array = Array("uint8", (len(envelope.adapter),), _STYPE, bytes(envelope.adapter))
         records[_ADAPTER] = ArrayRecord({_ADAPTER: array})
     return records
 

@@ -39,6 +39,7 @@ class ChildSpec:
     environment: the whole of it; the guard's mark is added. log_file: what it writes is appended.
     patience: exit code -> seconds until the next start, for an end that only time mends.
     probe: whether it answers, in a few seconds at most; without one a child hangs only when stopped.
+    hung_s: how long it may give no answer; None is as `Timing` says.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ChildSpec:
     cwd: Path
     patience: Mapping[int, float] = field(default_factory=dict)
     probe: Callable[[], bool] | None = None
+    hung_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,10 @@ class _Child:
             last_exit_code=self._exit_code,
         )
 
+    @property
+    def _hung_s(self) -> float:
+        return self._timing.hung_s if self._spec.hung_s is None else self._spec.hung_s
+
     def _start(self) -> None:
         self._starts += 1
         _shorten(self._spec.log_file, max_bytes=self._timing.max_log_bytes)
@@ -254,12 +260,12 @@ class _Child:
                 self._well, self._answered = now, True
             self._answer = None
         if _is_stopped(process.pid):
-            patience_s = self._timing.hung_s
+            patience_s = self._hung_s
         elif self._spec.probe is None:
             self._well = now
             return
         else:
-            patience_s = self._timing.hung_s if self._answered else self._timing.first_answer_s
+            patience_s = self._hung_s if self._answered else self._timing.first_answer_s
             if self._answer is None:
                 self._answer = probes.submit(self._spec.probe)
         if now - self._well > patience_s:

@@ -13,6 +13,7 @@ from flwr.app import Message
 
 from common.adapter import AdapterShape, AdapterState, digest_tensors, from_safetensors
 from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureError
+from common.files import Buffer
 from common.records import Envelope, PrivacyRow, Reply, Task, envelope_of, open_reply
 from server.roster import Roster
 
@@ -42,6 +43,7 @@ _MEANINGS = {
         "set both clocks, or raise federation.deadline-s)"
     ),
     "overtaken": " (it has begun a later round of this run since)",
+    "cancelled": " (the hospital stopped it; ask its people, or exclude the site)",
     "disk": " (its disk is full; it goes on when it is asked after space was made)",
 }
 
@@ -106,7 +108,7 @@ def screen_reply(reply: Reply) -> None:
 
 
 def screen_update(
-    reply: Reply, adapter: bytes, *, task: Task, shape: AdapterShape
+    reply: Reply, adapter: Buffer, *, task: Task, shape: AdapterShape
 ) -> AcceptedUpdate:
     """Return the update in a verified reply to a train task, and the adapter that came beside it.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import client.app
+import client.in_process
 from client.app import SITES_VARIABLE
 from common.config import RunConfig
 from common.errors import CheckpointError, ConfigError, EngineError
@@ -151,12 +152,12 @@ def _known_models() -> dict[str, Path]:
 
 
 def _run_inline(plan: RunPlan, sites: Path, listener: Listener) -> dict[str, Any]:
-    client.app.open_site.cache_clear()
+    client.in_process.open_site.cache_clear()
     grid = InlineGrid(client.app.app, sorted(path for path in sites.iterdir() if path.is_dir()))
     try:
         return run_federation(grid, plan, listener=listener)
     finally:
-        client.app.open_site.cache_clear()
+        client.in_process.open_site.cache_clear()
 
 
 def _run_flower(

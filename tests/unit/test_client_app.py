@@ -12,7 +12,8 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import SITES_VARIABLE, app, open_site, site_folder
+from client.app import SITES_VARIABLE, app, site_folder
+from client.in_process import open_site
 from common.errors import ConfigError
 from common.records import Envelope, Task, envelope_of, open_reply, seal_task, to_records
 from common.signing import SigningKey
@@ -78,9 +79,9 @@ def test_a_forged_task_gets_no_signed_answer(tmp_path: Path, tiny_model_dir: Pat
 def test_only_node_config_chooses_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SITES_VARIABLE, raising=False)
     assert site_folder(_context(**{"site-dir": "/srv/a"})) == Path("/srv/a")
-    with pytest.raises(ConfigError, match="names no site"):
+    with pytest.raises(ConfigError, match="names neither an agent nor a site"):
         site_folder(_context())
-    with pytest.raises(ConfigError, match="names no site"):
+    with pytest.raises(ConfigError, match="names neither an agent nor a site"):
         site_folder(_context(**{"partition-id": 0}))
 
     for name in ("south", "north"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import client.cost
-from client.cost import PlannedModel, RunCost, Speeds, planned_model, run_cost, safetensors_size
+from client.cost import PlannedModel, RunCost, Speeds, planned_model, run_cost
 from common.adapter import AdapterShape
 from common.config import LoraSection, RunConfig
 from common.errors import ModelError
@@ -69,7 +69,7 @@ def test_an_adapters_size_is_known_to_the_byte_from_config_json_alone(
     with attached(base, lora, rank=rank) as model:
         real = read_adapter(model, lora, rank=rank)
     assert planned.shape == adapter_shape(base, lora, rank=rank)
-    assert safetensors_size(planned.shape) == len(real.to_safetensors())
+    assert planned.shape.safetensors_size() == len(real.to_safetensors())
     assert planned.num_parameters == sum(p.numel() for p in base.model.parameters())
 
 
@@ -83,7 +83,7 @@ def test_so_it_is_for_the_embedded_model_however_it_is_quantised(quantization: s
     with attached(base, run.lora) as model:
         real = read_adapter(model, run.lora, rank=8)
     assert planned.shape == adapter_shape(base, run.lora)
-    assert safetensors_size(planned.shape) == len(real.to_safetensors())
+    assert planned.shape.safetensors_size() == len(real.to_safetensors())
 
 
 def test_modules_asked_for_by_name_are_planned_as_they_will_be(tiny_model_dir: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_run_costs_all_its_rounds(speeds: Speeds) -> None:
     cost = _cost(_run(), speeds)
 
     assert (cost.rounds, cost.steps) == (3, 15)
-    assert cost.bytes_down == cost.bytes_up == 3 * safetensors_size(SHAPE)
+    assert cost.bytes_down == cost.bytes_up == 3 * SHAPE.safetensors_size()
     expected = compose_epsilon([GaussianSteps(1.0, 0.1, 15)], delta=1e-5, accountant="rdp")
     assert (cost.unit, cost.epsilon, cost.delta) == ("record", expected, 1e-5)
     assert cost.lifetime_epsilon_after == 7.0

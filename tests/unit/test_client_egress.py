@@ -24,7 +24,7 @@ def _tensors() -> dict[str, np.ndarray]:
 
 
 def test_the_expected_adapter_may_leave() -> None:
-    assert check_adapter(save(_tensors()), shape=SHAPE, max_norm=10.0).rank == 2
+    assert check_adapter(save(_tensors()), shape=SHAPE, max_norm=10.0).state.rank == 2
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_norm_is_of_all_tensors_together() -> None:
     tensors = {**_tensors(), B: np.full((3, 2), 2.0, np.float32)}
     norm = math.sqrt(32)
 
-    assert adapter_norm(check_adapter(save(tensors), shape=SHAPE, max_norm=norm + 1e-9)) == (
+    assert adapter_norm(check_adapter(save(tensors), shape=SHAPE, max_norm=norm + 1e-9).state) == (
         pytest.approx(norm)
     )
     with pytest.raises(EgressError, match=r"policy.max-adapter-norm = 5: .* has norm 5\.66"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from client.egress import CheckedAdapter
 from client.sent import Manifest, Manifests, ManifestTensor, manifest_of, manifest_table
 from common.errors import AuditError
 from common.records import PrivacyRow
@@ -22,7 +23,8 @@ PRIVACY = PrivacyRow("record", 2.75, 1e-5, 0.8, 1 / 3, 30)
 
 
 def _manifest(seed: int = 0, *, privacy: PrivacyRow | None = PRIVACY) -> Manifest:
-    adapter = random_adapter(seed, rank=2).to_safetensors()
+    state = random_adapter(seed, rank=2)
+    adapter = CheckedAdapter(state.to_safetensors(), state)
     return manifest_of(adapter, numbers={"steps": 30, "train-loss": 1.5}, privacy=privacy)
 
 
@@ -45,7 +47,7 @@ def test_a_manifest_names_every_tensor_and_holds_no_value() -> None:
 
 
 def test_a_reply_without_an_adapter_has_a_manifest_too() -> None:
-    manifest = manifest_of(b"", numbers={"max-rank": 8}, privacy=None)
+    manifest = manifest_of(None, numbers={"max-rank": 8}, privacy=None)
 
     assert (manifest.tensors, manifest.adapter_digest, manifest.adapter_bytes) == ((), "", 0)
     assert "max-rank" in _printed(manifest)

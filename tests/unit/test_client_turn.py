@@ -57,7 +57,7 @@ def test_the_second_waits_until_the_first_is_done(tmp_path: Path) -> None:
         second = _Waiter(tmp_path, _task())
         _wait_until(second.is_announced)
         # The same task, asked for again: the one that is trained is the one that is wanted.
-        on_step()
+        on_step(1)
         assert not second.had_turn.wait(0.2)
     assert second.had_turn.wait(10.0)
     second.join(10.0)
@@ -66,13 +66,13 @@ def test_the_second_waits_until_the_first_is_done(tmp_path: Path) -> None:
 
 def test_a_later_round_of_the_same_run_overtakes(tmp_path: Path) -> None:
     with Turn(tmp_path).take(_task(3), ends_s=_soon()) as on_step:
-        on_step()
+        on_step(1)
         later = _Waiter(tmp_path, _task(4))
         _wait_until(later.is_announced)
         with pytest.raises(
             OvertakenError, match="round 4 of this run is here, so round 3 is given up"
         ):
-            on_step()
+            on_step(1)
     assert later.had_turn.wait(10.0)
 
 
@@ -84,14 +84,14 @@ def test_nothing_else_overtakes(tmp_path: Path, other: Task) -> None:
     with Turn(tmp_path).take(_task(3), ends_s=_soon()) as on_step:
         waiter = _Waiter(tmp_path, other)
         _wait_until(waiter.is_announced)
-        on_step()
+        on_step(1)
     assert waiter.had_turn.wait(10.0)
 
 
 def test_who_died_while_waiting_overtakes_nobody(tmp_path: Path) -> None:
     with Turn(tmp_path).take(_task(3), ends_s=_soon()) as on_step:
         (tmp_path / "waiting" / "run-1.4").touch()
-        on_step()
+        on_step(1)
 
 
 def test_a_turn_ends_with_its_time(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_turn_ends_with_its_time(tmp_path: Path) -> None:
         Turn(tmp_path).take(_task(3), ends_s=time.monotonic() - 0.1) as on_step,
         pytest.raises(ExpiredError, match=r"round 3 is over.*federation\.deadline-s"),
     ):
-        on_step()
+        on_step(1)
 
 
 def test_nobody_waits_beyond_the_tasks_own_time(tmp_path: Path) -> None:

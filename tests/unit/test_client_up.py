@@ -10,8 +10,9 @@ import tomli_w
 from typer.testing import CliRunner
 
 from client.cli import app
+from client.node import check_connection, node_processes, site_node
 from client.site_config import SiteConfig, load_site_config
-from client.up import check_connection, run_site, site_processes
+from client.up import agent_process, run_site
 from common.config import read_toml
 from common.errors import ConfigError, EngineError
 from common.locks import hold_lock
@@ -82,12 +83,12 @@ def test_the_places_of_certificate_and_key_are_the_sites_to_choose(site: Path) -
     check_connection(_config(site))
 
 
-def test_the_supernode_is_told_where_the_site_is_and_the_relay_gets_no_key(site: Path) -> None:
-    supernode, superexec = site_processes(_config(site), site / "state" / "flower")
+def test_the_supernode_is_told_where_the_agent_is_and_the_relay_gets_no_key(site: Path) -> None:
+    supernode, superexec = node_processes(site_node(_config(site)))
     command = supernode.command
     assert command[1:3] == ("-m", "client.supernode")
     told = command[command.index("--node-config") + 1]
-    assert told == f"site-dir={json.dumps(str(site))}"
+    assert told == f"agent={json.dumps(str(site / 'state' / 'agent.sock'))}"
     assert command[command.index("--superlink") + 1] == "localhost:8000"
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "process" in command
@@ -98,6 +99,13 @@ def test_the_supernode_is_told_where_the_site_is_and_the_relay_gets_no_key(site:
         assert process.environment["FLWR_TELEMETRY_ENABLED"] == "0"
         assert process.environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert supernode.patience == {49: 15.0}
+
+
+def test_the_agent_is_started_for_this_folder_and_given_time_to_load_a_model(site: Path) -> None:
+    config = _config(site)
+    agent = agent_process(config, site_node(config))
+    assert agent.command[1:] == ("-m", "common.cli", "client", "agent", "--site", str(site))
+    assert agent.hung_s == 300.0
 
 
 def test_a_second_one_is_refused(site: Path) -> None:

@@ -19,8 +19,8 @@ import tomli_w
 from flwr.app import Message
 from flwr.common.serde import recorddict_to_proto
 
-import client.app
 import client.examples
+import client.in_process
 import client.scrub
 import client.training
 import common.prompts
@@ -312,7 +312,7 @@ def test_a_site_that_cannot_even_answer_lets_no_identifier_out(
         _explode()
 
     broken.cache_clear = lambda: None  # type: ignore[attr-defined]
-    monkeypatch.setattr(client.app, "open_site", broken)
+    monkeypatch.setattr(client.in_process, "open_site", broken)
     quick = simulation.config.replace({"federation.join-timeout-s": 0.2})
 
     with (
