@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install dev demo test check bench-simulation bench-dp bench-dropout chaos-long clean
+.PHONY: help install dev demo test check proto bench-simulation bench-dp bench-rounds bench-dropout chaos-long clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ demo: $(VENV)/installed ## Four simulated hospitals, the embedded model, under t
 	$(BIN)/consilium demo --force
 
 # Several processes share the cores there: one thread each, unless the caller says otherwise.
-test bench-simulation bench-dp bench-dropout chaos-long: export OMP_NUM_THREADS ?= 1
+test bench-simulation bench-dp bench-rounds bench-dropout chaos-long: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev ## The whole test suite, with coverage
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
@@ -43,11 +43,17 @@ check: $(VENV)/installed-dev ## Format, lint, types, import rule
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+proto: $(VENV)/installed-dev ## Make client/agent_pb2.py from client/agent.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. client/agent.proto
+
 bench-simulation: $(VENV)/installed-dev ## Memory and time of 4, 20 and 50 inline sites
 	$(BIN)/python -m simulations.bench.simulation
 
 bench-dp: $(VENV)/installed-dev ## What a DP step costs beside a plain one, in time and memory
 	$(BIN)/python -m simulations.bench.dp --json runs/bench/dp.json
+
+bench-rounds: $(VENV)/installed-dev ## What a round costs beside training, and who spends it
+	$(BIN)/python -m tests.bench.rounds
 
 bench-dropout: $(VENV)/installed-dev ## 20 sites, 30 % of which fail in each round: the loss with and without
 	$(BIN)/python -m tests.chaos.dropout

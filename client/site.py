@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from client.approvals import Approvals
@@ -268,7 +269,8 @@ class Site:
         self._record_task(task)
         # Before the charge: what cannot be trained from must not cost the hospital anything.
         shape = self._gate.planned(plan, base_digest=task.base_digest).shape
-        adapter = open_adapter(incoming, shape=shape, digest=task.adapter_digest)
+        open_incoming = partial(open_adapter, incoming, shape=shape, digest=task.adapter_digest)
+        adapter = None if self._outbox.holds(task.task_id) else open_incoming()
         self._check_space(task, adapter_bytes=len(incoming))
         with self._turn.take(task, ends_s=ends_s, caller=caller) as on_step:
             # Again: while it waited, the hospital may have declined, or another task taken the last steps.
@@ -280,7 +282,7 @@ class Site:
             if outcome is None:
                 _check_not_answered(row)
                 self._record_training(task, plan)
-                outcome = self._train_once(task, plan, adapter, on_step=on_step)
+                outcome = self._train_once(task, plan, adapter or open_incoming(), on_step=on_step)
             self.ledger.release(task.task_id)
         if outcome.failure:
             raise FailedTaskError(outcome.failure)

@@ -220,6 +220,8 @@ def _training_mode(
             if settings.gradient_checkpointing:
                 model.disable_input_require_grads()
                 model.activation_checkpointing_disable()
+            # As large as the adapter, and of no more use.
+            model.zero_grad(set_to_none=True)
             model.eval()
 
 

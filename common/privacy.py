@@ -9,6 +9,7 @@ are upper bounds, so the smaller of the two is one as well, and it is what "prv"
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Accountant = Literal["prv", "rdp"]
 
+# The filters of warnings are the whole process's, and epsilon is composed in several threads.
+_WARNINGS_LOCK = threading.Lock()
 _EPSILON_TOLERANCE = 0.01
 # Outside these, series and squares do not end or overflow. Less noise protects nobody, more trains
 # nothing and counts as this much.
@@ -223,7 +226,7 @@ def _rdp_epsilon(parts: tuple[GaussianSteps, ...], delta: float) -> float:
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
     curve = sum(part.steps * _rdp_curve(part.noise_multiplier, part.sample_rate) for part in parts)
-    with warnings.catch_warnings():
+    with _WARNINGS_LOCK, warnings.catch_warnings():
         # It warns when the best order lies at the edge of the list: a looser bound, still a bound.
         warnings.simplefilter("ignore")
         epsilon, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=curve, delta=delta)

@@ -17,8 +17,10 @@ settings.register_profile("consilium", deadline=None)
 settings.load_profile("consilium")
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a randomly initialised Llama (hidden 32, 2 layers) and its tokenizer to `folder`.
+def save_tiny_model(
+    folder: Path, *, seed: int = 0, hidden_size: int = 32, intermediate_size: int = 64
+) -> Path:
+    """Write a randomly initialised Llama of 2 layers and its tokenizer to `folder`.
 
     The tokenizer is byte-level without merges: one token is one byte, 256 of them and
     <pad>, <s>, </s> (ids 0, 1, 2). The vocabulary is padded to 300 rows.
@@ -38,8 +40,8 @@ def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     )
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

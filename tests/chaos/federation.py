@@ -63,6 +63,7 @@ PROCESSES = {
     "ServerApp": Process("flwr-serverapp", "server"),
     "SuperNode": Process("client.supernode", "site"),
     "ClientApp": Process("flwr-clientapp", "site"),
+    "agent": Process("client agent", "site"),
 }
 
 

@@ -1,8 +1,8 @@
 """The named points at which a process kills itself with SIGKILL, without any test code in production.
 
-`environment(folder)` makes every Python process below it, Flower's own too, load hooks/sitecustomize.py,
-which loads this file when CONSILIUM_CHAOS names a folder. Each point then wraps a function of a module as
-soon as that module is imported, by its name: Flower unpacks the app elsewhere. A point is armed by a file:
+`environment(folder)` makes every Python process below it, Flower's own too, load
+tests/hooks/sitecustomize.py, which loads this file when CONSILIUM_CHAOS names a folder. Each point then
+wraps a function of a module as soon as that module is imported. A point is armed by a file:
 
     armed/POINT    {} or {"skip": 1, "site": "north", ...}: the first hits to let pass in one process, and
                    what the hit has to say of itself
@@ -15,8 +15,6 @@ This file imports nothing but the standard library, and little of it: each of th
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import json
 import os
 import signal
@@ -25,11 +23,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 VARIABLE = "CONSILIUM_CHAOS"
-HOOKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hooks")
+HOOKS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "hooks")
 
 # Called at a point, with what there is to say of it.
 Hit = Callable[..., None]
@@ -198,11 +197,9 @@ POINTS: Mapping[str, Point] = {
     "push": Point("server.messenger", "ServerApp", _returning("Messenger", "send")),
     # A reply was taken from the SuperLink, and is not screened yet.
     "pull": Point("server.messenger", "ServerApp", _returning("Messenger", "_pull", only=bool)),
-    "mid-train": Point("client.trainer", "ClientApp", _wrap_trainer),
-    "before-ledger-fsync": Point(
-        "client.ledger_file", "ClientApp", _ledger_wrapper(committed=False)
-    ),
-    "after-ledger-fsync": Point("client.ledger_file", "ClientApp", _ledger_wrapper(committed=True)),
+    "mid-train": Point("client.trainer", "agent", _wrap_trainer),
+    "before-ledger-fsync": Point("client.ledger_file", "agent", _ledger_wrapper(committed=False)),
+    "after-ledger-fsync": Point("client.ledger_file", "agent", _ledger_wrapper(committed=True)),
     "mid-upload": Point("flwr.supernode.start_client_internal", "SuperNode", _wrap_upload),
     "before-merge": Point("server.aggregation", "ServerApp", _merge_wrapper(merged=False)),
     # Arm it with {"skip": 1}: one layer is merged, and the second is not.
@@ -330,41 +327,21 @@ class _Hit:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it has the others find a module, and wraps what its execution defines."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._points: dict[str, list[str]] = {}
-        for name, point in POINTS.items():
-            self._points.setdefault(point.module, []).append(name)
-        self._finding: set[str] = set()
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self._points or name in self._finding:
-            return None
-        self._finding.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._finding.discard(name)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            for point in self._points[name]:
-                POINTS[point].wrap(module, _Hit(self._folder, point))
-                with open(os.path.join(self._folder, "installed", point), "a"):
-                    pass
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
     """Have the points' modules wrapped when they are imported, if the environment names a folder."""
+    # Beside sitecustomize.py, which called this.
+    from import_wrapping import wrap_imports  # type: ignore[import-not-found]
+
     folder = os.environ.get(VARIABLE)
-    if folder:
-        sys.meta_path.insert(0, _Finder(folder))
+    if not folder:
+        return
+    wraps: dict[str, list[Callable[[ModuleType], None]]] = {}
+    for name, point in POINTS.items():
+        wraps.setdefault(point.module, []).append(partial(_wrap, folder, name, point))
+    wrap_imports(wraps)
+
+
+def _wrap(folder: str, name: str, point: Point, module: ModuleType) -> None:
+    point.wrap(module, _Hit(folder, name))
+    with open(os.path.join(folder, "installed", name), "a"):
+        pass

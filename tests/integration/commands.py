@@ -54,14 +54,18 @@ class Federation:
 
 
 def write_federation(
-    folder: Path, changes: dict[str, Scalar] | None = None, *, host: str = "127.0.0.1"
+    folder: Path,
+    changes: dict[str, Scalar] | None = None,
+    *,
+    host: str = "127.0.0.1",
+    num_sites: int = 2,
 ) -> Federation:
     """Write what `server init`, `client init` and enrolment would.
 
     host: the IP address at which hospitals reach the coordinator.
     """
     settings = {"model.name": str(embedded_model_dir()), **(changes or {})}
-    lab = make_lab(folder, settings)
+    lab = make_lab(folder, settings, num_sites=num_sites)
     port = free_port()
     address = f"{host}:{port}"
     tls = lab.launch_dir / "tls"
@@ -91,7 +95,7 @@ def write_federation(
         (home / "site.toml").write_text(tomli_w.dumps(settings_of_site))
     run = {
         **lab.config.flat(),
-        "model.name": str(embedded_model_dir()),
+        "model.name": settings["model.name"],
         "evaluation.central-data": "central.jsonl",
     }
     (folder / "run.toml").write_text(tomli_w.dumps(run))

@@ -78,9 +78,9 @@ class Lab:
         return {**shared, "run.uid": run_uid}
 
 
-def make_lab(folder: Path, changes: dict[str, Scalar] | None = None) -> Lab:
-    """Write data, keys, site folders and roster of two hospitals."""
-    write_data(folder)
+def make_lab(folder: Path, changes: dict[str, Scalar] | None = None, *, num_sites: int = 2) -> Lab:
+    """Write data, keys, site folders and roster of some hospitals."""
+    write_data(folder, num_sites=num_sites)
     config, model = resolve_base(RunConfig.parse({**SMALL, **(changes or {})}), base_dir=folder)
     key = load_or_generate(folder / "coordinator" / "signing.pem")
     plans = plan_sites(
