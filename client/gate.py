@@ -18,7 +18,8 @@ from common.audit_log import AuditLog
 from common.canonical import canonical_json, from_canonical
 from common.errors import ApprovalError, BudgetError, ConfigError, RestoreError
 from common.files import write_atomically
-from common.model import check_digest, choose_device
+from common.model import choose_device
+from common.model_folder import check_digest
 from common.records import SiteHeads, Task, parse_heads
 
 

@@ -11,16 +11,18 @@ import os
 import sys
 import warnings
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from common import model_cli
 from common.errors import ConsiliumError
 
 GROUP = "consilium.commands"
+# The one group that needs no entry point.
+OWN_GROUP = "model"
 INTERRUPTED = 130
 
 console = Console()
@@ -43,22 +45,12 @@ def build_app() -> typer.Typer:
     ) -> None:
         set_up_logging(verbose=verbose)
 
-    model = typer.Typer(no_args_is_help=True, help="Base model folders.")
-    app.add_typer(model, name="model")
-
-    @model.command()
-    def digest(path: Path) -> None:
-        """Print the digest of a base model folder, for site.toml's allowed-models."""
-        from common.model import digest_model
-
-        typer.echo(digest_model(path))
-
+    app.add_typer(model_cli.app, name=OWN_GROUP)
     entries = {entry.name: entry for entry in entry_points(group=GROUP)}
     # A group that is named is all that this command line needs: others would load torch for nothing.
     named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    for entry in (
-        [entries[named]] if named in entries else [entries[name] for name in sorted(entries)]
-    ):
+    wanted = [named] if named in {*entries, OWN_GROUP} else sorted(entries)
+    for entry in (entries[name] for name in wanted if name in entries):
         group = entry.load()
         if isinstance(group, typer.Typer):
             app.add_typer(group, name=entry.name)

@@ -1,18 +1,16 @@
-"""The base model: find it, prove which one it is, quantise it, put a LoRA adapter on it.
+"""The base model: load it, quantise it, put a LoRA adapter on it.
 
-Only safetensors and tokenizer.json-style folders are read; code that comes with a model never runs
-(trust_remote_code stays off). One quantised base serves every adapter of a process: `attached` lends
-it with fresh LoRA layers and takes them off again.
+Which model it is, common/model_folder.py proves. Only safetensors and tokenizer.json-style folders are
+read; code that comes with a model never runs (trust_remote_code stays off). One quantised base serves
+every adapter of a process: `attached` lends it with fresh LoRA layers and takes them off again.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +22,12 @@ from torch import nn
 
 from common.adapter import AdapterShape, AdapterState, lora_scaling, state_from_tensors
 from common.config import LoraSection, ModelSection
-from common.errors import ModelError, SignatureError
+from common.errors import ModelError
+from common.model_folder import check_digest, digest_model
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
-
-_DIGESTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,88 +44,6 @@ class BaseModel:
         """The id that fills batches; padding is masked, so any id does."""
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else int(self.tokenizer.eos_token_id or 0)
-
-
-def resolve_model(section: ModelSection, *, known: Mapping[str, Path], hub: bool = False) -> Path:
-    """Return the folder of a base model.
-
-    known: names that the caller maps to folders (site.toml, a launch file); they come first.
-    hub: whether a name that is no folder may be looked up on the Hugging Face hub.
-    Raises ModelError when there is no such folder, or it is not a usable model.
-    """
-    name = section.name
-    if name in known:
-        folder = known[name]
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif hub and not Path(name).is_absolute():
-        folder = _from_hub(name, section.revision)
-    else:
-        raise ModelError(
-            f"model.name = {name!r} is neither a folder nor one of {sorted(known)}; "
-            "give the path of a folder with config.json, tokenizer.json and *.safetensors"
-        )
-    check_model_folder(folder)
-    return folder.resolve()
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise ModelError when a folder lacks what a base model needs."""
-    missing = [
-        what
-        for what, found in (
-            ("config.json", (folder / "config.json").is_file()),
-            ("*.safetensors", any(folder.glob("*.safetensors"))),
-            ("tokenizer files", any(folder.glob("tokenizer*"))),
-        )
-        if not found
-    ]
-    if missing:
-        hint = ""
-        if "*.safetensors" in missing and any(folder.glob("*.bin")):
-            hint = "; it holds pickled *.bin weights, which are never loaded: convert them first"
-        raise ModelError(f"model folder {folder} lacks {', '.join(missing)}{hint}")
-    _check_shards(folder)
-
-
-def _check_shards(folder: Path) -> None:
-    """Every weight must be in a file of this folder: the digest covers no other."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is not an index of safetensors shards") from None
-    outside = sorted(s for s in shards if Path(s).name != s or not (folder / s).is_file())
-    if outside:
-        raise ModelError(f"{index} names {outside[0]!r}, which is not a file of {folder}")
-
-
-def digest_model(folder: Path) -> str:
-    """Return SHA-256 hex over sorted (file name, SHA-256) of config, tokenizer and safetensors files.
-
-    Raises ModelError when the folder is not a usable model.
-    """
-    check_model_folder(folder)
-    names = {path.name for pattern in _DIGESTED for path in folder.glob(pattern)}
-    total = hashlib.sha256()
-    for name in sorted(names):
-        stat = (folder / name).stat()
-        digest = _file_sha256(folder / name, stat.st_size, stat.st_mtime_ns)
-        total.update(f"{name}\x00{digest}\n".encode())
-    return total.hexdigest()
-
-
-def check_digest(folder: Path, expected: str) -> str:
-    """Return a model folder's digest, which is the expected one. Raises SignatureError, ModelError."""
-    digest = digest_model(folder)
-    if digest != expected:
-        raise SignatureError(
-            f"base model {folder} has digest {digest[:16]}..., expected {expected[:16]}...; "
-            "copy the coordinator's model folder again"
-        )
-    return digest
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -311,25 +226,6 @@ def _linear_layers(model: Any) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             layers[name] = (int(module.nf), int(module.nx))
     return layers
-
-
-def _from_hub(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DIGESTED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model.name = {name!r} is no folder here, and the hub gave no such model "
-            f"({type(error).__name__}); give the path of a local model folder"
-        ) from None
-
-
-@lru_cache(maxsize=64)
-def _file_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -25,8 +25,8 @@ from common.model import (
     choose_device,
     initial_adapter,
     load_base,
-    resolve_model,
 )
+from common.model_folder import resolve_model
 from common.prompts import Examples, resolve_template
 from common.signing import SigningKey
 from server.aggregation import METHODS, SiteUpdate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import ConfigError, ConsiliumError
-from common.model import digest_model, resolve_model
+from common.model_folder import digest_model, resolve_model
 from common.privacy import calibrate_noise, public_sample_rate
 from server.evaluation import central_files
 from server.run import PreparedRun, prepare_run

@@ -10,7 +10,7 @@ import tomli_w
 import tomlkit
 
 from common.flower_process import free_port
-from common.model import digest_model
+from common.model_folder import digest_model
 from simulations.embedded import embedded_model_dir
 from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
 from tests.integration.commands import Commands, Federation

@@ -17,7 +17,8 @@ from client.cost import PlannedModel, RunCost, Speeds, planned_model, run_cost
 from common.adapter import AdapterShape
 from common.config import LoraSection, RunConfig
 from common.errors import ModelError
-from common.model import adapter_shape, attached, digest_model, load_base, read_adapter
+from common.model import adapter_shape, attached, load_base, read_adapter
+from common.model_folder import digest_model
 from common.privacy import GaussianSteps, compose_epsilon
 from simulations.embedded import embedded_model_dir
 from tests.unit.tiny import CONFIGS, tiny_base

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from common import cli
 from common.errors import BudgetError, ConfigError, ConsiliumError, QuorumError
-from common.model import digest_model
+from common.model_folder import digest_model
 
 
 @pytest.fixture(autouse=True)

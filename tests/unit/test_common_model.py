@@ -23,15 +23,14 @@ from common.model import (
     attached,
     check_targets,
     choose_device,
-    digest_model,
     initial_adapter,
     load_base,
     peft_config,
     read_adapter,
     release_base,
-    resolve_model,
     write_adapter,
 )
+from common.model_folder import digest_model, resolve_model
 
 CPU = torch.device("cpu")
 LORA = LoraSection(rank=4, alpha=8.0)
