@@ -84,6 +84,23 @@ def join(
     )
 
 
+@app.command()
+def check(site: SiteDir = Path(), as_json: Json = False) -> None:
+    """Look at everything that a round will need here; exit code 8 when something is missing."""
+    from client.preflight import preflight, raise_if_failed
+    from client.preflight_report import preflight_json, preflight_sentence, preflight_table
+
+    if as_json:
+        lines = list(preflight(site))
+        typer.echo(preflight_json(lines))
+    else:
+        with console.status("") as status:
+            lines = list(preflight(site, on_check=lambda name: status.update(f"Checking {name}")))
+        console.print(preflight_table(lines))
+        console.print(preflight_sentence(lines))
+    raise_if_failed(lines)
+
+
 def _open(folder: Path) -> Site:
     # Only here, because it loads torch.
     from client.site import Site

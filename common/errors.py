@@ -20,6 +20,7 @@
     ├── CancelledError              whoever asked for a task went away, or the hospital stopped it
     ├── BusyError                   the site works on another task
     ├── DiskError                   a disk is full
+    ├── PreflightError              something that a round needs is not as it should be
     ├── ScreeningError              a reply was refused by the coordinator
     ├── QuorumError                 too few sites or replies; the run stopped
     ├── CheckpointError             a checkpoint or a run folder is damaged or in the way
@@ -157,6 +158,13 @@ class DiskError(ConsiliumError):
 
     code = "disk"
     exit_code = 7
+
+
+class PreflightError(ConsiliumError):
+    """`consilium client check` found something without which no round will work."""
+
+    code = "preflight"
+    exit_code = 8
 
 
 class ScreeningError(ConsiliumError):

@@ -41,6 +41,7 @@ def test_documented_exit_codes_differ_from_success_and_from_each_other() -> None
         "EngineError": 5,
         "AuditError": 6,
         "DiskError": 7,
+        "PreflightError": 8,
     }
 
 

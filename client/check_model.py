@@ -1,0 +1,78 @@
+"""Are the base models here what site.toml names, and do they fit this machine's disk?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from client.check_line import CheckLine, failed, passed, warned
+from client.model_size import ModelSize, read_model_size
+from client.site_config import SITE_FILE, SiteConfig
+from common.errors import ModelError
+from common.model_folder import check_model_folder, digest_model
+
+# What is sent, what came in, and what is being written.
+_ADAPTERS = 3
+# Ledger, logs and Flower's own files, however small the adapters are.
+_SPARE_BYTES = 200 * 1000**2
+
+
+def check_models(config: SiteConfig) -> Iterator[CheckLine]:
+    """Hold every allowed model's folder against its digest."""
+    for model in config.policy.allowed_models:
+        name, folder = f"model {model.name}", config.models[model.name]
+        try:
+            check_model_folder(folder)
+        except ModelError as error:
+            yield failed(
+                name,
+                str(error),
+                f"copy the coordinator's model folder to {folder}, or correct its path",
+            )
+            continue
+        digest = digest_model(folder)
+        if digest == model.digest:
+            yield passed(name, f"digest {digest[:16]}... as in {SITE_FILE}")
+        else:
+            yield failed(
+                name,
+                f"the folder has digest {digest[:16]}..., allowed-models says {model.digest[:16]}...",
+                f"consilium model digest {folder} --check LIST names the files that differ; copy them again",
+            )
+
+
+def check_disk(config: SiteConfig) -> Iterator[CheckLine]:
+    """Compare the space in state/ with what adapters, and a second copy of the model, would take."""
+    sizes = list(sizes_of(config).values())
+    state = config.folder / "state"
+    free = shutil.disk_usage(state if state.is_dir() else config.folder).free
+    rank = config.policy.max_rank
+    adapter = max((size.adapter_bytes(rank) for size in sizes), default=0)
+    model = max((size.file_bytes for size in sizes), default=0)
+    needed = _ADAPTERS * adapter + _SPARE_BYTES
+    detail = (
+        f"{decimal(free)} free; {_ADAPTERS} adapters of rank {rank} and spare: {decimal(needed)}, "
+        f"a second copy of the model: {decimal(model)}"
+    )
+    if free < needed:
+        yield failed("disk", detail, f"free at least {decimal(needed - free)} where {state} lies")
+    elif free < needed + model:
+        yield warned("disk", detail, "free the space of a second copy before the model is replaced")
+    else:
+        yield passed("disk", detail)
+
+
+def sizes_of(config: SiteConfig) -> dict[str, ModelSize]:
+    """Return the size of each allowed model whose folder is there, by name."""
+    return {
+        name: read_model_size(folder)
+        for name, folder in config.models.items()
+        if _has_weights(folder)
+    }
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
