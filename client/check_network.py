@@ -129,10 +129,9 @@ def _explain(failure: Failure, address: Address, timeout_s: float) -> CheckLine:
         return failed(_NAME, f"{whom} gave no answer within {timeout_s:g} s", path)
     if isinstance(cause, OSError) and cause.errno == errno.ECONNREFUSED:
         return failed(_NAME, f"{whom} refused the connection: nothing listens there", path)
-    said = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else ""
-    return failed(
-        _NAME, f"no answer from {whom} that HTTP knows ({said or type(cause).__name__})", path
-    )
+    if isinstance(cause, OSError) and cause.errno:
+        return failed(_NAME, f"{whom} cannot be reached ({os.strerror(cause.errno)})", path)
+    return failed(_NAME, f"{whom} gave no answer that HTTP knows ({type(cause).__name__})", path)
 
 
 def _refused_by_proxy(said: str, hop: str, address: Address) -> CheckLine:

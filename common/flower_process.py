@@ -13,15 +13,23 @@ from pathlib import Path
 
 from common.errors import EngineError
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 def flower_environment(home: Path, **changes: str) -> dict[str, str]:
     """Return the environment of Flower's processes: commands by bare name on PATH, nothing phones out.
 
+    What they say to each other on this machine asks no proxy, whatever HTTP_PROXY says.
     home: FLWR_HOME. changes: for this kind of process.
     """
     search = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    exempt = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    no_proxy = ",".join([*([exempt] if exempt else []), *_LOOPBACK])
     return {
         **os.environ,
+        # Where both are set, the one in small letters counts.
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
         "PATH": os.pathsep.join(search),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
