@@ -61,11 +61,14 @@ class ModelSize:
         """Return roughly what training needs beside the base, without gradient checkpointing.
 
         The adapter, its gradient and optimizer state; each record's own gradient, which DP clips; the
-        input of each layer, once as it is and once in float32 for the adapter, and its output; logits.
+        input of each layer, also in float32 for the adapter, and its output; logits. On a CPU it was 5 to
+        9 % above the highest sum of live tensors, for Llamas of 20 million and of a billion parameters; on
+        a GPU it was not measured.
         """
         adapter = self.adapter_bytes(work.rank)
+        cast_bytes = 0 if float_bytes == _FLOAT32_BYTES else _FLOAT32_BYTES
         per_token = (
-            self.inputs * (float_bytes + _FLOAT32_BYTES)
+            self.inputs * (float_bytes + cast_bytes)
             + self.outputs * float_bytes
             + self.vocabulary * _FLOAT32_BYTES * _LOGIT_COPIES
         )

@@ -130,6 +130,8 @@ def test_memory_grows_with_what_is_trained_at_once() -> None:
     adapter = 30 * 4
     token = 20 * (2 + 4) + 10 * 2 + 5 * 4 * 3
     assert size.training_bytes(work, float_bytes=2) == adapter * 5 + token
+    # In float32 the adapter takes a layer's input as it is.
+    assert size.training_bytes(work, float_bytes=4) == adapter * 5 + 20 * 4 + 10 * 4 + 5 * 4 * 3
     more = Workload(rank=1, records=2, tokens=3)
     assert size.training_bytes(more, float_bytes=2) == adapter * 6 + 6 * token
 
