@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -24,8 +26,13 @@ def check_models(config: SiteConfig) -> Iterator[CheckLine]:
     """Hold every allowed model's folder against its digest."""
     for model in config.policy.allowed_models:
         name, folder = f"model {model.name}", config.models[model.name]
+        # An unreadable folder would look like an empty one.
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            yield _unreadable(name, folder, folder)
+            continue
         try:
             check_model_folder(folder)
+            digest = digest_model(folder)
         except ModelError as error:
             yield failed(
                 name,
@@ -33,7 +40,9 @@ def check_models(config: SiteConfig) -> Iterator[CheckLine]:
                 f"copy the coordinator's model folder to {folder}, or correct its path",
             )
             continue
-        digest = digest_model(folder)
+        except OSError as error:
+            yield _unreadable(name, Path(error.filename or folder), folder)
+            continue
         if digest == model.digest:
             yield passed(name, f"digest {digest[:16]}... as in {SITE_FILE}")
         else:
@@ -66,13 +75,15 @@ def check_disk(config: SiteConfig) -> Iterator[CheckLine]:
 
 
 def sizes_of(config: SiteConfig) -> dict[str, ModelSize]:
-    """Return the size of each allowed model whose folder is there, by name."""
-    return {
-        name: read_model_size(folder)
-        for name, folder in config.models.items()
-        if _has_weights(folder)
-    }
+    """Return the size of each allowed model that can be read, by name; `check_models` names the others."""
+    sizes = {}
+    for name, folder in config.models.items():
+        with suppress(ModelError):
+            sizes[name] = read_model_size(folder)
+    return sizes
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+def _unreadable(name: str, path: Path, folder: Path) -> CheckLine:
+    return failed(
+        name, f"{path} cannot be read by this user", f"let the agent's user: chmod -R a+rX {folder}"
+    )

@@ -76,8 +76,10 @@ class ModelSize:
 
 
 def read_model_size(folder: Path) -> ModelSize:
-    """Return the size of a model folder. Raises ModelError when a safetensors file is damaged."""
+    """Return the size of a model folder. Raises ModelError when it has no whole safetensors file."""
     files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model folder {folder} lacks *.safetensors")
     quantised = other = inputs = outputs = vocabulary = 0
     for path in files:
         for name, shape in _shapes(path):
@@ -102,5 +104,5 @@ def _shapes(path: Path) -> list[tuple[str, list[int]]]:
             return [(name, file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is no whole safetensors file ({type(error).__name__}); copy it again"
+            f"{path} cannot be read as safetensors ({type(error).__name__}); copy it again"
         ) from None

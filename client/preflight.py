@@ -60,7 +60,14 @@ def preflight(
         yield from _guarded(name, check)
     try:
         config = load_site_config(folder)
-    except (ConsiliumError, OSError) as error:
+    except OSError as error:
+        yield failed(
+            SITE_FILE,
+            f"cannot be read ({error.strerror})",
+            "run this as the user that owns the folder",
+        )
+        return
+    except ConsiliumError as error:
         yield failed(
             SITE_FILE,
             str(error),

@@ -108,6 +108,33 @@ def test_the_folder_that_site_toml_names_passes_and_another_one_fails(
     assert "lacks config.json" in line.detail
 
 
+def test_a_model_that_this_user_may_not_read_is_no_damaged_one(
+    site: SiteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = site.models["tiny"] / "model.safetensors"
+
+    def refuse(folder: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(weights))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.check_model.digest_model", refuse)
+        line = _by_name(check_models(site))["model tiny"]
+    assert (line.state, line.detail) == ("fail", f"{weights} cannot be read by this user")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    line = _by_name(check_models(site))["model tiny"]
+    assert line.detail == f"{weights.parent} cannot be read by this user"
+
+
+def test_a_model_without_weights_leaves_the_other_lines_alone(site: SiteConfig) -> None:
+    model = site.policy.allowed_models[0].model_copy(update={"path": "absent"})
+    other = site.model_copy(
+        update={"policy": site.policy.model_copy(update={"allowed_models": (model,)})}
+    )
+    assert _states(check_models(other)) == {"model tiny": "fail"}
+    assert _states(check_disk(other)) == {"disk": "pass"}
+    assert _states(check_device.check_device(other)) == {"device": "pass"}
+
+
 def test_the_size_is_that_of_the_model_which_is_loaded(tiny_model_dir: Path) -> None:
     """Llama of tests/conftest.py: 2 layers; 300 x 32 embedding and head stay as they are."""
     size = read_model_size(tiny_model_dir)
@@ -139,7 +166,7 @@ def test_memory_grows_with_what_is_trained_at_once() -> None:
 def test_a_cut_weight_file_is_said_in_words(tiny_model_dir: Path, tmp_path: Path) -> None:
     content = (tiny_model_dir / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(ModelError, match="no whole safetensors file .* copy it again"):
+    with pytest.raises(ModelError, match="cannot be read as safetensors .* copy it again"):
         read_model_size(tmp_path)
 
 

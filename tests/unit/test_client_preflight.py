@@ -110,6 +110,21 @@ def test_a_site_that_has_not_joined_yet_is_told_what_is_next(tmp_path: Path) -> 
         assert "consilium client join" in line.remedy
 
 
+def test_a_folder_of_another_user_is_said_to_be_that(
+    site: SiteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> SiteConfig:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(module, "load_site_config", refuse)
+    *_, line = preflight(site.folder)
+    assert line == failed(
+        "site.toml",
+        "cannot be read (Permission denied)",
+        "run this as the user that owns the folder",
+    )
+
+
 def test_the_table_fits_and_colours_its_words() -> None:
     long = "word " * 60
     lines = [
