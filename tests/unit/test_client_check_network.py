@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import flwr.common.constant as flower
+import httpx
 import pytest
+from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client import check_clock
 from client.check_clock import clock_line, is_synchronised
@@ -310,6 +313,62 @@ def test_a_proxy_that_speaks_tls_itself_is_believed_by_ssl_cert_file(
     assert f"the proxy 127.0.0.1:{proxy.port} shows a certificate that this machine" in said
     assert "name its CA's file in SSL_CERT_FILE (REQUESTS_CA_BUNDLE is not looked at)" in said
     assert reach.lines[0].state == "pass", reach
+
+
+def _flower_reaches(config: SiteConfig) -> bool:
+    """Whether the client that Flower's SuperNode talks with gets an answer, be it a refusal."""
+    client = FleetHttpClient.from_server_address(
+        str(config.coordinator.address),
+        insecure=False,
+        root_certificates=config.root_certificates_path.read_bytes(),
+        interceptors=[],
+    )
+    with client:
+        try:
+            client.RegisterNode(RegisterNodeFleetRequest())
+        except httpx.HTTPStatusError:
+            return True
+        except httpx.TransportError:
+            return False
+    raise AssertionError("nobody here registers a node")
+
+
+@pytest.mark.parametrize("scheme", ["", "http", "https"])
+@pytest.mark.parametrize("no_proxy", ["", "127.0.0.1"])
+@pytest.mark.parametrize("ssl_cert_file", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+def test_what_the_check_says_is_what_flowers_own_client_finds(
+    config: SiteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: str,
+    no_proxy: str,
+    ssl_cert_file: bool,
+    opened: bool,
+) -> None:
+    """opened: by a proxy that shows its own certificate for the coordinator's."""
+    ca = tmp_path / "gateway.crt"
+    ca.write_bytes(STRANGER.certificate)
+    if ssl_cert_file:
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    with (
+        _coordinator(_server_context(tmp_path, AUTHORITY)) as port,
+        _coordinator(_server_context(tmp_path, STRANGER)) as opener,
+        connect_proxy(
+            divert=("127.0.0.1", opener) if opened else None,
+            tls=_server_context(tmp_path, STRANGER) if scheme == "https" else None,
+        ) as proxy,
+    ):
+        if scheme:
+            monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://127.0.0.1:{proxy.port}")
+        site = _at(config, port)
+        said = reach_coordinator(site).lines[0].state == "pass"
+        asked = bool(proxy.asked)
+        assert said == _flower_reaches(site)
+    by_proxy = scheme and not no_proxy
+    assert said == (not by_proxy or (not opened and (scheme == "http" or ssl_cert_file)))
+    assert asked == bool(by_proxy and (scheme == "http" or ssl_cert_file))
 
 
 # The clock
