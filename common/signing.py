@@ -23,6 +23,8 @@ AUDIT_DOMAIN = b"consilium/audit/1"
 RECEIPT_DOMAIN = b"consilium/receipt/1"
 ENROLMENT_DOMAIN = b"consilium/enrolment/1"
 BUNDLE_DOMAIN = b"consilium/bundle/1"
+ROTATION_DOMAIN = b"consilium/rotation/1"
+WITHDRAWAL_DOMAIN = b"consilium/withdrawal/1"
 
 
 class SigningKey:

@@ -36,6 +36,7 @@ def main(grid: Grid, context: Context) -> None:
         folder=open_run_folder(Path(launch.run_dir), config, resume=launch.resume),
         key=key,
         roster=Roster.load(Path(launch.roster)),
+        roster_file=Path(launch.roster),
         prepared=prepared,
         audit=CoordinatorAudit(key_path.parent, key),
         resume=launch.resume,

@@ -2,8 +2,8 @@
 
 It lies beside the coordinator's signing key and outlives runs, because it is also the memory of where
 each site's ledger and audit log stood when they were last heard of. Lines, beside those that the log
-itself makes: run-started, resumed, task, reply, refused, approval, behind, merged, stopped, finished and
-receipt.
+itself makes: run-started, resumed, task, reply, refused, approval, behind, merged, stopped, finished,
+receipt, revoked and rotated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AUDIT_FILE = "audit.jsonl"
 KEY_FILE = "signing.pem"
 
 # What these say is settled, and is worth a signature of its own.
-_SIGNED_AT_ONCE = frozenset({"merged", "stopped", "finished"})
+_SIGNED_AT_ONCE = frozenset({"merged", "stopped", "finished", "revoked", "rotated"})
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,14 @@ from common.canonical import plain_json
 from common.chain import parse_head
 from common.cli import INTERRUPTED, console, set_up_logging
 from common.config import load_run_config
-from common.enrolment import fingerprint, open_enrolment
+from common.enrolment import fingerprint
 from common.errors import ConfigError, exit_code_of
 from common.files import write_atomically
 from common.receipts import seal_receipt
 from common.records import SiteHeads
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
+from server.cli_membership import CoordinatorDir, enroll, revoke
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -39,11 +40,6 @@ from server.summary_text import summary_sentences
 from server.up import run_coordinator
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator's side.")
-
-CoordinatorDir = Annotated[
-    Path,
-    typer.Argument(metavar="DIR", help="The coordinator's folder: signing.pem and audit.jsonl."),
-]
 
 
 @app.command()
@@ -75,35 +71,7 @@ def init(
     )
 
 
-@app.command()
-def enroll(
-    enrolment: Annotated[
-        Path,
-        typer.Argument(help="What `consilium client init` made.", exists=True, dir_okay=False),
-    ],
-    folder: CoordinatorDir,
-    out: Annotated[Path | None, typer.Option(help="Default: bundle-SITE.json.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Fingerprints were compared.")] = False,
-) -> None:
-    """Take a hospital in, and write the bundle that it joins with. `server up` must run."""
-    from server.provisioning import enrol
-
-    opened = open_enrolment(enrolment.read_bytes())
-    coordinator = load_coordinator(folder)
-    console.print(
-        f"{opened.site}, declared size {opened.declared_size:,}, fingerprint {opened.fingerprint}",
-        soft_wrap=True,
-    )
-    if not yes:
-        typer.confirm("Has the hospital said that this is its fingerprint?", abort=True)
-    bundle = enrol(coordinator, opened)
-    out = out or Path(f"bundle-{opened.site}.json")
-    write_atomically(out, bundle)
-    console.print(
-        f"Wrote {out} and {coordinator.roster_file}: {opened.site} is enrolled. There: consilium client join "
-        f"{out.name}",
-        soft_wrap=True,
-    )
+app.command()(enroll)
 
 
 @app.command()
@@ -237,6 +205,9 @@ def exclude(
     )
 
 
+app.command()(revoke)
+
+
 @app.command()
 def log(
     folder: CoordinatorDir,
@@ -359,6 +330,10 @@ def _what(entry: AuditEntry) -> str:
         return f"{sites}adapter {fields['adapter'][:12]}"
     if entry.event == "excluded":
         return ", ".join(fields["sites"]) or "nobody"
+    if entry.event == "revoked":
+        return str(fields["why"])
+    if entry.event == "rotated":
+        return f"key {fields['key'][:12]}"
     if entry.event == "late":
         return f"attempt {fields['attempt']}"
     if entry.event == "receipt":

@@ -2,7 +2,7 @@
 
 DIR/ coordinator.toml   address that hospitals reach
      tls/               ca.crt  server.crt  server.key
-     superexec.secret   signing.pem  roster.json  audit.jsonl
+     superexec.secret   signing.pem  roster.json  revoked.json  audit.jsonl
      launches/          UID.json and UID.toml of each run that was asked for
      flower/            FLWR_HOME: state.db, logs
      up.lock  up.json   of `consilium server up`
@@ -96,6 +96,16 @@ class Coordinator:
     def roster_file(self) -> Path:
         """Who is enrolled."""
         return self.folder / "roster.json"
+
+    @property
+    def revocations_file(self) -> Path:
+        """Whose keys hold no more."""
+        return self.folder / "revoked.json"
+
+    @property
+    def superlink_database(self) -> Path:
+        """What the SuperLink remembers, Flower's own."""
+        return self.flower_home / "state.db"
 
     @property
     def audit_log(self) -> Path:

@@ -120,6 +120,10 @@ class FlowerControl:
         """Let the SuperNode with this key connect. Raises ControlError."""
         self._ask(["supernode", "register", str(public_key), self.connection])
 
+    def unregister_node(self, node_id: int) -> None:
+        """Refuse a SuperNode from its next request on, for good. Raises ControlError."""
+        self._ask(["supernode", "unregister", str(node_id), self.connection])
+
     def save_log(self, run_id: str, path: Path) -> None:
         """Fetch what the apps printed: Flower sends it to the SuperLink's state and nowhere else."""
         arguments = ["log", run_id, self.connection, "--show"]

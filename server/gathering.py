@@ -123,8 +123,8 @@ class Gathering:
 
     def _members(self, nodes: set[int]) -> list[Member]:
         standing = [self._standing[node] for node in nodes & self._standing.keys()]
-        excluded = self._run.exclusions.current()
-        return [one for one in standing if isinstance(one, Member) and one.site not in excluded]
+        shut_out = self._run.shut_out()
+        return [one for one in standing if isinstance(one, Member) and one.site not in shut_out]
 
     def _awaiting(self, nodes: set[int]) -> list[str]:
         standing = [self._standing[node] for node in nodes & self._standing.keys()]
@@ -144,12 +144,13 @@ class Gathering:
         refused = {
             one.site: one.reason for one in self._standing.values() if isinstance(one, _Refused)
         }
-        refused |= dict.fromkeys(self._run.exclusions.current(), "excluded")
+        refused |= self._run.shut_out()
+        began = self._run.roster.began
         needed = self._run.config.federation.min_sites
-        if refused and len(self._run.roster.keys() - refused.keys()) < needed:
+        if refused and len(began.keys() - refused.keys()) < needed:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
             raise QuorumError(
-                f"{len(refused)} of the {len(self._run.roster)} sites on the roster refused this run "
+                f"{len(refused)} of the {len(began)} sites on the roster refused this run "
                 f"({reasons}), and it needs {needed}; settle it with them and continue with --resume, "
                 "or lower federation.min-sites"
             )
@@ -205,10 +206,11 @@ class Gathering:
         self, node: int, message: Message, task: Task, seen: Mapping[str, SiteHeads]
     ) -> _Standing | None:
         """Take in what a node answered and return how it stands; None leaves it to be asked again."""
+        roster = self._run.roster.current()
         try:
             envelope = answer_in(message, who=f"node {node}")
             site = unverified_reply_site(envelope)
-            reply = verified_reply(envelope, task=task, site=site, roster=self._run.roster)
+            reply = verified_reply(envelope, task=task, site=site, roster=roster)
         except (ScreeningError, ProtocolError) as error:
             reason = error.reason if isinstance(error, ScreeningError) else error.code
             if self._is_news(f"node {node}", reason):
@@ -217,7 +219,7 @@ class Gathering:
                     "refused", run=self._run.uid, round=0, node=node, reason=reason
                 )
             return None
-        standing, refusal = self._judge(node, reply)
+        standing, refusal = self._judge(node, reply, declared_size=roster[site].declared_size)
         if refusal is None or self._is_news(site, refusal.reason):
             self._run.audit.replied(
                 reply, task=task, size_bytes=envelope.size_bytes, seen=seen.get(site)
@@ -230,30 +232,31 @@ class Gathering:
             self._standing = {**others, node: standing}
         return standing
 
-    def _judge(self, node: int, reply: Reply) -> tuple[_Standing | None, ScreeningError | None]:
+    def _judge(
+        self, node: int, reply: Reply, *, declared_size: int
+    ) -> tuple[_Standing | None, ScreeningError | None]:
         """How a site's answer makes it stand, and why it is no member, if it is none."""
         try:
             screen_reply(reply)
-            return self._member(node, reply), None
+            return self._member(node, reply, declared_size=declared_size), None
         except ScreeningError as error:
             if error.reason == AWAITS_APPROVAL:
                 return _Awaiting(reply.site, time.monotonic() + _ASK_AGAIN_S), error
             final = error.reason in FINAL_REFUSALS
             return (_Refused(reply.site, error.reason) if final else None), error
 
-    def _member(self, node: int, reply: Reply) -> Member:
+    def _member(self, node: int, reply: Reply, *, declared_size: int) -> Member:
         site = reply.site
-        declared = self._run.roster[site].declared_size
-        if reply.numbers.get("declared-size") != declared:
+        if reply.numbers.get("declared-size") != declared_size:
             raise ScreeningError(
                 "declared-size",
-                f"{site} declares another size than the {declared} it was enrolled with; enrol it "
+                f"{site} declares another size than the {declared_size} it was enrolled with; enrol it "
                 "again",
             )
         rank = int(reply.numbers.get("max-rank", 0))
         if rank < 1:
             raise ScreeningError("max-rank", f"{site} says it can hold rank {rank}")
-        return Member(site, node, declared, min(rank, self._run.config.lora.rank))
+        return Member(site, node, declared_size, min(rank, self._run.config.lora.rank))
 
     def _turn_down(self, site: str, error: ScreeningError) -> None:
         """Say once why a site is no member."""

@@ -17,8 +17,9 @@ class History:
     """Appends events to a file and tells a listener.
 
     Every event has `event` (its kind) and `time` (Unix seconds). Kinds: requested (by a person),
-    run-started, resumed, base, roster-changed, waiting, approval, excluded, sites, round-started, reply,
-    refused (round 0: before any), asked-again, late, retry, round, early-stop, finished, stopped, gave-up.
+    run-started, resumed, base, roster-changed, waiting, approval, excluded, revoked, sites, round-started,
+    reply, refused (round 0: before any), asked-again, late, retry, round, early-stop, finished, stopped,
+    gave-up.
     """
 
     def __init__(self, path: Path, *, listener: Listener = lambda event: None) -> None:

@@ -18,6 +18,7 @@ from common.records import Envelope, Task, seal_task
 from server.aggregation.types import leading_ranks
 from server.gathering import Member
 from server.messenger import Answer, Messenger
+from server.roster import RosterEntry
 from server.run_context import RunContext
 from server.screening import (
     AWAITS_APPROVAL,
@@ -80,6 +81,8 @@ class OpenRound:
         self._times_asked: Counter[str] = Counter()
         # Whose answer this attempt still waits for.
         self._waiting: set[str] = set()
+        # As each was enrolled when it was sent its task.
+        self._enrolled: dict[str, RosterEntry | None] = {}
         self._attempt_ends_s = 0.0
 
     def may_ask(self, site: str) -> bool:
@@ -97,7 +100,7 @@ class OpenRound:
         self._waiting = set()
         self._send(members)
         awaiting = []
-        for answer in self._messenger.answers(deadline_s=deadline_s, stop_at=self._drop_excluded):
+        for answer in self._messenger.answers(deadline_s=deadline_s, stop_at=self._drop_shut_out):
             site = answer.sent.task.site
             if site in self.updates or site not in self._waiting:
                 continue
@@ -106,7 +109,7 @@ class OpenRound:
                 awaiting.append(self._members[site])
         for site in sorted(self._waiting):
             self._refuse(site, "silent")
-        self._drop_excluded()
+        self._drop_shut_out()
         return awaiting
 
     def replies(self, *, attempts: int) -> RoundReplies:
@@ -122,7 +125,7 @@ class OpenRound:
         )
 
     def _send(self, members: list[Member]) -> None:
-        seen = self._run.audit.seen()
+        seen, roster = self._run.audit.seen(), self._run.roster.current()
         tasks = {}
         for member in members:
             self._times_asked[member.site] += 1
@@ -145,6 +148,7 @@ class OpenRound:
             self._run.audit.task_sent(task, declared_size=member.declared_size)
             tasks[member.node_id] = (task, seal_task(task, self._run.key, adapter=data))
             self._waiting.add(member.site)
+            self._enrolled[member.site] = roster.get(member.site)
         self._bytes_down += sum(envelope.size_bytes for _, envelope in tasks.values())
         # Longer than anybody waits, so that what is late can be named.
         self._messenger.send(tasks, ttl_s=2 * self._run.config.federation.deadline_s + 60)
@@ -185,20 +189,30 @@ class OpenRound:
         return ""
 
     def _screened(self, envelope: Envelope, task: Task) -> AcceptedUpdate:
-        reply = verified_reply(envelope, task=task, site=task.site, roster=self._run.roster)
+        roster = self._run.roster.current()
+        reply = verified_reply(envelope, task=task, site=task.site, roster=roster)
         self._run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
         rank = self._members[task.site].rank
         shape = self._shape.at_rank(rank, scaling=self._cut(rank)[0].scaling)
         return screen_update(reply, envelope.adapter, task=task, shape=shape)
 
-    def _drop_excluded(self) -> float:
-        """Neither wait for nor count a site that was shut out meanwhile; say when to stop waiting."""
-        excluded = self._run.exclusions.current()
-        for site in sorted(excluded.keys() & (self._waiting | self.updates.keys())):
+    def _drop_shut_out(self) -> float:
+        """Neither wait for nor count a site that was shut out meanwhile; say when to stop waiting.
+
+        Nor wait for one that has new keys: what it was sent went to a node that is no more.
+        """
+        roster = self._run.roster.current()
+        rotated = {
+            site: "rotated"
+            for site in self._waiting
+            if _keys(roster.get(site)) != _keys(self._enrolled[site])
+        }
+        dropped = rotated | self._run.shut_out()
+        for site in sorted(dropped.keys() & (self._waiting | self.updates.keys())):
             self._waiting.discard(site)
             self.updates.pop(site, None)
             self._messenger.forget(self._members[site].node_id)
-            self._refuse(site, "excluded")
+            self._refuse(site, dropped[site])
         # Once nobody is missing, nothing is to come: what was sent twice may still be under way.
         return math.inf if self._waiting else -math.inf
 
@@ -217,3 +231,7 @@ class OpenRound:
             cut = leading_ranks(self._current, rank=rank, scaling=scaling)
             self._cuts[rank] = (cut, cut.to_safetensors(), cut.digest())
         return self._cuts[rank]
+
+
+def _keys(entry: RosterEntry | None) -> tuple[str, str] | None:
+    return None if entry is None else (entry.public_key, entry.node_key)

@@ -1,31 +1,21 @@
-"""Making a coordinator's folder, and taking hospitals in: `consilium server init`, `enroll`."""
+"""Making a coordinator's folder: `consilium server init`."""
 
 from __future__ import annotations
 
-import logging
 import secrets
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
-from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
 
 from common.address import parse_address
-from common.enrolment import Bundle, Enrolment, seal_bundle
 from common.errors import ConfigError
 from common.files import write_atomically
-from common.locks import hold_lock
 from common.signing import SigningKey
 from server.certificates import make_authority, make_server_certificate, save_certified
 from server.coordinator import COORDINATOR_FILE, Coordinator, load_coordinator
-from server.flower_control import ControlError
-from server.roster import Roster, RosterEntry
+from server.roster import Roster
 
-logger = logging.getLogger(__name__)
-
-# So long another enrolment may take.
-_OTHERS_S = 60.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -70,48 +60,3 @@ def init_coordinator(
     # Last: a folder without it is none, and may be made again.
     write_atomically(folder / COORDINATOR_FILE, content.encode(), mode=0o600)
     return load_coordinator(folder)
-
-
-def enrol(coordinator: Coordinator, enrolment: Enrolment) -> bytes:
-    """Take a hospital in: register its SuperNode, pin its key; return the bundle that it is sent.
-
-    The same enrolment again gives the same bundle. Raises ConfigError when a site of that name has another
-    signing key, or `consilium server up` does not run, which its SuperNode must be registered with.
-    """
-    with hold_lock(coordinator.folder / ".enrolling", wait_s=_OTHERS_S):
-        return _enrol(coordinator, enrolment)
-
-
-def _enrol(coordinator: Coordinator, enrolment: Enrolment) -> bytes:
-    roster = coordinator.roster()
-    entry = RosterEntry(enrolment.site, enrolment.signing_key, enrolment.declared_size)
-    known = roster.get(enrolment.site)
-    if known is not None and known.public_key != entry.public_key:
-        raise ConfigError(
-            f"a site {enrolment.site!r} is enrolled with another key; if the hospital made new keys, "
-            "compare fingerprints with it, and remove it from roster.json first"
-        )
-    if coordinator.up_pid() is None:
-        raise ConfigError(
-            f"`consilium server up {coordinator.folder}` does not run, and a hospital's node is registered "
-            "with its SuperLink; start it, then enrol again"
-        )
-    with tempfile.NamedTemporaryFile("w", suffix=".pub") as public_key:
-        public_key.write(enrolment.node_key.rstrip() + "\n")
-        public_key.flush()
-        try:
-            coordinator.control().register_node(Path(public_key.name))
-        except ControlError as error:
-            # As it should be, if this enrolment was cut off once, or is made again.
-            if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
-                raise
-    # After the node is registered: a site on the roster can connect.
-    others = [one for one in roster.values() if one.site != enrolment.site]
-    Roster([*others, entry]).save(coordinator.roster_file)
-    bundle = Bundle(
-        enrolment.site,
-        coordinator.config.server.address,
-        coordinator.ca.read_text(encoding="ascii"),
-        SigningKey.load(coordinator.signing_key).public_hex,
-    )
-    return seal_bundle(bundle, SigningKey.load(coordinator.signing_key))

@@ -1,9 +1,10 @@
-"""The roster: which sites the coordinator knows, and the key and public size pinned for each."""
+"""The roster: which sites the coordinator knows, and the keys and public size pinned for each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ from common.files import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class RosterEntry:
-    """One enrolled site: its name, Ed25519 public key (64 hex digits) and declared size."""
+    """One enrolled site: its name, Ed25519 public key (64 hex digits) and declared size.
+
+    node_key: of its SuperNode, in OpenSSH form; "" in a simulation, which has none.
+    """
 
     site: str
     public_key: str
     declared_size: int
+    node_key: str = ""
 
 
 class Roster(Mapping[str, RosterEntry]):
@@ -59,3 +64,41 @@ class Roster(Mapping[str, RosterEntry]):
             raise ConfigError(f"no roster at {path}; enrol a site first") from None
         except (ValueError, TypeError):
             raise ConfigError(f"{path} is not a roster; restore it from a backup") from None
+
+
+class LiveRoster:
+    """The roster of a run that goes: the sites that it began with, each as roster.json has it now.
+
+    Who leaves the file is gone here at once, and new keys hold at once; who joins it takes part after a
+    resume. path: of the file; without one nothing changes.
+    """
+
+    def __init__(self, began: Roster, path: Path | None = None) -> None:
+        self.began = began
+        self._path = path
+        self._version: tuple[int, int, int] | None = None
+        self._current = began
+
+    def current(self) -> Roster:
+        """Return who is enrolled now. Raises ConfigError when the file is missing or malformed."""
+        if self._path is None:
+            return self._current
+        version = _version(self._path)
+        if version is None or version != self._version:
+            now = Roster.load(self._path)
+            self._current = Roster(entry for entry in now.values() if entry.site in self.began)
+            self._version = version
+        return self._current
+
+    def gone(self) -> list[str]:
+        """Return who was on the roster when the run began and is not any more."""
+        return sorted(self.began.keys() - self.current().keys())
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What a file differs by from every other that was put in its place."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -42,6 +42,7 @@ class Federation:
         self._run = run
         self._shape = shape
         self._excluded: list[str] = []
+        self._revoked: list[str] = []
         # Site and round of what was taken: the same reply again is not late.
         self._taken: set[tuple[str, int]] = set()
 
@@ -69,7 +70,7 @@ class Federation:
         attempt = 0
         while True:
             attempt += 1
-            self._note_excluded()
+            self._note_shut_out()
             present = self.gather()
             # Who refused for good leaves the place to another; who has answered keeps it.
             willing = [
@@ -116,9 +117,14 @@ class Federation:
         self._run.history.record("late", **place)
         self._run.audit.note("late", run=self._run.uid, **place)
 
-    def _note_excluded(self) -> None:
+    def _note_shut_out(self) -> None:
         excluded = sorted(self._run.exclusions.current())
         if excluded != self._excluded:
             self._excluded = excluded
             self._run.history.record("excluded", sites=excluded)
             self._run.audit.note("excluded", run=self._run.uid, sites=excluded)
+        revoked = self._run.roster.gone()
+        if revoked != self._revoked:
+            # Whoever revoked it has told the audit log.
+            self._revoked = revoked
+            self._run.history.record("revoked", sites=revoked)

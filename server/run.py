@@ -37,7 +37,7 @@ from server.exclusions import Exclusions
 from server.export import export_adapter
 from server.history import History, Listener, read_events
 from server.open_round import RoundReplies
-from server.roster import Roster
+from server.roster import LiveRoster, Roster
 from server.rounds import Federation
 from server.run_context import RunContext
 from server.run_folder import RunFolder
@@ -70,9 +70,10 @@ class PreparedRun:
 class RunPlan:
     """Everything that a run at the coordinator starts from.
 
-    resume: continue from the newest checkpoint in `folder`, if there is one. audit: of the coordinator,
-    not of the run: it lies beside the key and outlives the run's folder. pull_threads: how many replies are
-    fetched at a time, see `Messenger`; 0 where fetching one is what trains it.
+    resume: continue from the newest checkpoint in `folder`, if there is one. roster_file: where the roster
+    came from, read again while the run goes. audit: of the coordinator, not of the run: it lies beside the
+    key and outlives the run's folder. pull_threads: how many replies are fetched at a time, see `Messenger`;
+    0 where fetching one is what trains it.
     """
 
     config: RunConfig
@@ -83,6 +84,7 @@ class RunPlan:
     audit: CoordinatorAudit
     resume: bool = False
     pull_threads: int = 0
+    roster_file: Path | None = None
 
 
 def prepare_run(
@@ -153,7 +155,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         uid=folder.run_uid,
         config=config,
         key=plan.key,
-        roster=plan.roster,
+        roster=LiveRoster(plan.roster, plan.roster_file),
         base_digest=base.digest,
         history=history,
         audit=plan.audit,

@@ -32,7 +32,7 @@ FINAL_REFUSALS = frozenset(
         "training",
         "overtaken",
     )
-) | {"excluded"}
+) | {"excluded", "revoked"}
 # What a site says until its hospital has approved the run: it is asked again later.
 AWAITS_APPROVAL = "site-approval"
 

@@ -13,6 +13,7 @@ from common.up import only_up
 from server.coordinator import Coordinator
 from server.keeper import Keeper
 from server.launch import LAUNCH_VARIABLE
+from server.membership import strike_revoked
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def run_coordinator(coordinator: Coordinator) -> None:
         state_file=coordinator.up_state,
         home=coordinator.flower_home,
     ) as guard:
+        # Before anybody listens: who was revoked meanwhile is not let in for a moment.
+        strike_revoked(coordinator)
         control = coordinator.control(mark=guard.mark)
         control.connect(coordinator.local_address, root_certificates=coordinator.ca)
         supervisor = Supervisor(
@@ -65,7 +68,7 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
         *("--isolation", "process"),
         *("--superexec-auth-secret-file", str(coordinator.superexec_secret)),
         *("--host", bind.host, "--port", str(bind.port)),
-        *("--database", str(home / "state.db")),
+        *("--database", str(coordinator.superlink_database)),
     )
     superexec = (
         *(find_command(environment, "flower-superexec"), "--root-certificates"),

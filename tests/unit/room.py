@@ -13,7 +13,7 @@ from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.exclusions import EXCLUSIONS_FILE, Exclusions
 from server.history import History
-from server.roster import Roster
+from server.roster import LiveRoster, Roster
 from server.rounds import Federation
 from server.run_context import RunContext
 from tests.unit.adapters import adapter_shape, random_adapter
@@ -53,15 +53,18 @@ class Room:
         self.history = History(folder / "history.jsonl")
         self.audit = CoordinatorAudit(folder / "coordinator", KEY)
         self.exclusions = Exclusions(folder / EXCLUSIONS_FILE)
+        self.roster_file = folder / "roster.json"
         self.federation = self.open()
 
     def open(self, roster: Roster | None = None) -> Federation:
         """Return a coordinator as it starts; a second one stands for a resumed run."""
+        roster = roster or Roster(site.entry for site in self.sites.values())
+        roster.save(self.roster_file)
         run = RunContext(
             uid="run-7",
             config=self.config,
             key=KEY,
-            roster=roster or Roster(site.entry for site in self.sites.values()),
+            roster=LiveRoster(roster, self.roster_file),
             base_digest="base",
             history=self.history,
             audit=self.audit,

@@ -21,6 +21,7 @@ BUNDLE = Bundle(
     "consilium.example.org:8000",
     make_authority("test").certificate.decode(),
     SigningKey.generate().public_hex,
+    "ab" * 32,
 )
 
 

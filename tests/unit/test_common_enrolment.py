@@ -37,6 +37,7 @@ BUNDLE = Bundle(
     "consilium.example.org:8000",
     make_authority("test").certificate.decode(),
     KEY.public_hex,
+    "ab" * 32,
 )
 
 

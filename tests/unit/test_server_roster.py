@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
-from server.roster import Roster, RosterEntry
+from server.roster import LiveRoster, Roster, RosterEntry
 
 OSLO = RosterEntry("oslo", "aa" * 32, 120)
 BERN = RosterEntry("bern", "bb" * 32, 80)
@@ -56,3 +57,19 @@ def test_a_malformed_roster_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match="is not a roster; restore it"):
         Roster.load(path)
+
+
+def test_a_run_that_goes_sees_who_leaves_and_who_has_new_keys_but_not_who_comes(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "roster.json"
+    live = LiveRoster(Roster([OSLO, BERN]), path)
+    rome, rotated = RosterEntry("rome", "dd" * 32, 50), replace(OSLO, public_key="ee" * 32)
+    Roster([OSLO, BERN]).save(path)
+    assert live.current() == Roster([OSLO, BERN])
+    Roster([rotated, rome]).save(path)
+    assert live.current() == Roster([rotated])
+    assert live.gone() == ["bern"]
+    path.unlink()
+    with pytest.raises(ConfigError, match="no roster at"):
+        live.current()

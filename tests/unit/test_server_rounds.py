@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 
 from common.adapter import lora_scaling
 from common.errors import QuorumError
-from common.records import Envelope, seal_reply
+from common.records import Envelope, Task, seal_reply
+from common.signing import SigningKey
 from server.aggregation.types import leading_ranks
+from server.roster import Roster
 from server.rounds import Federation
 from tests.unit.adapters import assert_same_products, random_adapter
 from tests.unit.fake_federation import (
+    Answer,
     Behaviour,
     FakeClock,
     FakeSite,
@@ -508,6 +512,74 @@ def test_a_site_excluded_while_a_round_goes_is_neither_waited_for_nor_counted(
     assert [update.site for update in replies.updates] == ["bern", "oslo"]
     assert dict(replies.refused) == {"kiel": "excluded", "lyon": "excluded"}
     assert clock.now_s < 1015.0
+
+
+def test_a_site_revoked_while_a_round_goes_is_neither_waited_for_nor_counted(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kiel has answered before, lyon has yet to; neither may come back in a later round."""
+    scripts: dict[str, list[Behaviour]] = {
+        "oslo": [honest], "bern": [honest], "kiel": [honest], "lyon": [silent, honest],
+    }  # fmt: skip
+    room = Room(clock, tmp_path, scripts)
+    room.federation.gather()
+    sleep = clock.sleep
+
+    def then_revoke(seconds: float) -> None:
+        sleep(seconds)
+        if clock.now_s >= 1010.0:
+            _leave_on_roster(room, "bern", "oslo")
+
+    monkeypatch.setattr(clock, "sleep", then_revoke)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {"kiel": "revoked", "lyon": "revoked"}
+    assert clock.now_s < 1015.0
+    replies = room.federation.run_round(CURRENT, server_round=2)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert len(room.sites["kiel"].tasks) == 1
+    assert [event["sites"] for event in room.events("revoked")] == [["kiel", "lyon"]]
+
+
+def test_a_signed_reply_of_a_revoked_key_is_not_accepted(clock: FakeClock, tmp_path: Path) -> None:
+    """It is revoked in the very moment of its answer, before anybody looks at who was shut out."""
+
+    def revoked_as_it_answers(site: FakeSite, task: Task, envelope: Envelope) -> Answer:
+        _leave_on_roster(room, "bern", "oslo")
+        return honest(site, task, envelope)
+
+    scripts: dict[str, list[Behaviour]] = {
+        "oslo": [honest], "bern": [honest], "kiel": [revoked_as_it_answers],
+    }  # fmt: skip
+    room = Room(clock, tmp_path, scripts)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert replies.refused["kiel"] in ("unknown-site", "revoked")
+    assert "kiel" not in [line["site"] for line in room.lines("reply") if line["kind"] == "train"]
+
+
+def test_a_site_with_new_keys_is_not_waited_for_on_its_old_node(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts: dict[str, list[Behaviour]] = {"oslo": [honest], "bern": [honest], "kiel": [silent]}
+    room = Room(clock, tmp_path, scripts)
+    room.federation.gather()
+    sleep = clock.sleep
+
+    def then_rotate(seconds: float) -> None:
+        sleep(seconds)
+        entries = [site.entry for site in room.sites.values() if site.name != "kiel"]
+        new = replace(room.sites["kiel"].entry, public_key=SigningKey.generate().public_hex)
+        Roster([*entries, new]).save(room.roster_file)
+
+    monkeypatch.setattr(clock, "sleep", then_rotate)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert dict(replies.refused) == {"kiel": "rotated"}
+    assert clock.now_s < 1010.0
+
+
+def _leave_on_roster(room: Room, *sites: str) -> None:
+    Roster(room.sites[name].entry for name in sites).save(room.roster_file)
 
 
 def test_when_too_few_are_left_after_an_exclusion_the_run_stops_at_once(
