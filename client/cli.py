@@ -17,6 +17,7 @@ from rich.text import Text
 
 from client import cli_agent
 from client.cli_agent import Json, SiteDir
+from client.cli_membership import rotate, withdraw
 from client.ledger_report import ledger_table, report_ledger
 from client.sent import manifest_table
 from common.audit_log import AuditEntry, verify_audit_log
@@ -268,7 +269,19 @@ def dry_run(
 
 
 # What the log shows without --all: what left, what was refused, what people decided.
-_SHOWN = frozenset({"sent", "refused", "waiting", "approved", "declined", "settled", "torn"})
+_SHOWN = frozenset(
+    {
+        "sent",
+        "refused",
+        "waiting",
+        "approved",
+        "declined",
+        "settled",
+        "torn",
+        "withdrawn",
+        "key-changed",
+    }
+)
 
 
 def _log_table(entries: Iterable[AuditEntry]) -> Table:
@@ -313,3 +326,7 @@ def _steps_bar(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("steps", total=total)
         yield lambda step: progress.update(bar, completed=step)
+
+
+app.command()(rotate)
+app.command()(withdraw)

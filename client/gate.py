@@ -14,6 +14,7 @@ from client.ledger import Ledger, LedgerRow
 from client.plan import TaskPlan, plan_task
 from client.policy import check_task
 from client.site_config import SiteConfig
+from client.withdrawals import Withdrawals
 from common.audit_log import AuditLog
 from common.canonical import canonical_json, from_canonical
 from common.errors import ApprovalError, BudgetError, ConfigError, RestoreError
@@ -40,6 +41,7 @@ class Gate:
         self._audit = audit
         self._approvals = approvals
         self._speeds = speeds
+        self._withdrawals = Withdrawals(config.folder)
         self._seen_file = config.folder / "state" / "seen.json"
 
     def consider(self, task: Task, *, signer: str) -> TaskPlan:
@@ -48,6 +50,7 @@ class Gate:
         signer: the coordinator's key that signed it. Raises PolicyError, RestoreError, ApprovalError,
         ConfigError, ProtocolError, PrivacyError, BudgetError, or as `planned` does.
         """
+        self._withdrawals.check(signer)
         run = check_task(task, site=self._config)
         if task.kind == "train":
             self._check_not_restored(task)

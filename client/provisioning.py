@@ -10,10 +10,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.site_config import SITE_FILE, SiteConfig, load_site_config
+from client.withdrawals import Withdrawals
 from common.enrolment import SITE_NAME, Bundle, Enrolment, seal_enrolment
 from common.errors import ConfigError
 from common.files import write_atomically
-from common.signing import load_or_generate
+from common.signing import SigningKey, load_or_generate
 
 ENROLMENT_FILE = "enrolment.json"
 
@@ -92,7 +93,8 @@ def init_site(
 def join(folder: Path, bundle: Bundle) -> SiteConfig:
     """Write a coordinator's certificate, address and key into a site's folder, keeping its comments.
 
-    Raises ConfigError when the bundle is for another site, or the site believes another coordinator.
+    One that the site has left is taken back. Raises ConfigError when the bundle is for another site, or
+    answers other keys, or when the site believes another coordinator.
     """
     path = folder / SITE_FILE
     if not path.is_file():
@@ -105,6 +107,7 @@ def join(folder: Path, bundle: Bundle) -> SiteConfig:
         raise ConfigError(
             f"this bundle is for site {bundle.site!r}, and {folder} is {site['name']!r}"
         )
+    _check_own_key(folder, document, bundle)
     pinned = section.get("public-key", [])
     known = [pinned] if isinstance(pinned, str) else list(pinned)
     if known and bundle.public_key not in known:
@@ -121,10 +124,24 @@ def join(folder: Path, bundle: Bundle) -> SiteConfig:
     before = path.read_bytes()
     write_atomically(path, tomlkit.dumps(document).encode(), mode=0o600)
     try:
-        return load_site_config(folder)
+        joined = load_site_config(folder)
     except ConfigError:
         write_atomically(path, before, mode=0o600)
         raise
+    Withdrawals(folder).lift(bundle.public_key)
+    return joined
+
+
+def _check_own_key(folder: Path, document: tomlkit.TOMLDocument, bundle: Bundle) -> None:
+    """The coordinator has pinned the key that this site signs with, or none of its replies would count."""
+    keys = document.get("keys", {})
+    own = SigningKey.load(folder / str(keys.get("signing", "keys/signing.pem"))).public_hex
+    if bundle.signing_key != own:
+        raise ConfigError(
+            f"this bundle answers key {bundle.signing_key[:16]}..., and {folder} signs with {own[:16]}...; "
+            "send the coordinator the newest enrolment.json; if it answers rotation.json, use it so: "
+            "consilium client rotate --finish BUNDLE"
+        )
 
 
 def make_node_key(path: Path) -> str:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ from common.audit_entries import (
     read_chain,
     split_lines,
 )
+from common.audit_keys import KEY_CHANGED, first_signer, key_change, signer_after
 from common.canonical import canonical_json
 from common.chain import EMPTY, ChainHead
 from common.errors import AuditError, SignatureError
@@ -38,6 +40,10 @@ CHECKPOINT_EVERY = 32
 _CHECKPOINT = "checkpoint"
 _TORN = "torn"
 _SETTLED = "settled"
+# Lines whose signature covers all that stands before them.
+_SIGNED = (_CHECKPOINT, KEY_CHANGED)
+# A line's fields, or what makes them of the head before it.
+_Fields = Mapping[str, Any] | Callable[[ChainHead], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,8 @@ class AuditLog:
         self._settled: set[ChainHead] = set()
         self._settled_ledgers: set[ChainHead] = set()
         self._unsigned = 0
+        # Whose signatures the next lines must have; None until the file was read.
+        self._signer: str | None = None
 
     def append(self, event: str, **fields: Any) -> ChainHead:
         """Write one event durably, a checkpoint after it when one is due, and return the new head.
@@ -106,6 +114,15 @@ class AuditLog:
         """Return where the log stands, lines of other processes counted in."""
         with self._locked() as file:
             self._refresh(file)
+            return self._head
+
+    def change_key(self, new: SigningKey) -> ChainHead:
+        """Let another key sign from here on, which both keys sign, and return the head."""
+        with self._locked(create=True) as file:
+            torn_bytes = self._refresh(file)
+            change = partial(key_change, former=self._key, new=new)
+            self._write(file, [*_torn(torn_bytes), (KEY_CHANGED, change)], sign=False)
+            self._key = new
             return self._head
 
     def covers(self, head: ChainHead) -> bool:
@@ -165,20 +182,30 @@ class AuditLog:
             return 0
         file.seek(self._size_bytes)
         lines, torn = split_lines(file.read())
-        entries = read_chain(lines, after=self._head, path=self.path)
+        entries = list(read_chain(lines, after=self._head, path=self.path))
+        if self._signer is None:
+            self._signer = first_signer(entries, public_hex=self._key.public_hex)
         for line, entry in zip(lines, entries, strict=True):
             self._take_in(entry, line)
         return len(torn)
 
     def _write(
-        self, file: BinaryIO | None, events: list[tuple[str, Any]], *, sign: bool = False
+        self, file: BinaryIO | None, events: list[tuple[str, _Fields]], *, sign: bool | None = None
     ) -> None:
+        """Write lines, and a checkpoint after them: when it is due, or as `sign` says."""
         assert file is not None
+        if self._signer not in (None, self._key.public_hex):
+            raise AuditError(
+                f"the key of {self.path} was changed to {str(self._signer)[:16]}..., and this process has "
+                f"{self._key.public_hex[:16]}...; end it and start it again, or finish what changes the key "
+                "(consilium client rotate --finish)"
+            )
         head, written = self._head, []
-        if sign or self._unsigned + len(events) >= self._checkpoint_every:
-            events = [*events, (_CHECKPOINT, None)]
+        due = self._unsigned + len(events) >= self._checkpoint_every
+        if due if sign is None else sign:
+            events = [*events, (_CHECKPOINT, self._signature)]
         for event, fields in events:
-            line = next_line(head, event, self._signature(head) if fields is None else fields)
+            line = next_line(head, event, fields(head) if callable(fields) else fields)
             # As everybody will read it, so that nothing is written that nobody can.
             written.append((parse_line(line), line))
             head = written[-1][0].head
@@ -201,8 +228,10 @@ class AuditLog:
         self._size_bytes += len(line) + 1
         self._head = entry.head
         self._digests += bytes.fromhex(entry.digest)
-        self._unsigned = 0 if entry.event == _CHECKPOINT else self._unsigned + 1
-        lost = _settled(entry, public_hex=self._key.public_hex, path=self.path)
+        self._unsigned = 0 if entry.event in _SIGNED else self._unsigned + 1
+        signer = self._signer or self._key.public_hex
+        lost = _settled(entry, public_hex=signer, path=self.path)
+        self._signer = signer_after(entry, signer, path=self.path)
         if lost is not None:
             self._settled.add(lost[0])
             self._settled_ledgers.add(lost[1])
@@ -227,17 +256,22 @@ def verify_audit_log(
 ) -> Verified:
     """Check a whole log: every line, every signature, every anchor.
 
-    public_hex: whose checkpoints they are. anchors: heads that others were sent in signed messages.
+    public_hex: whose log it is now; the log itself says, signed, which keys it had before. anchors: heads
+    that others were sent in signed messages.
     Raises AuditError naming the first bad line and what is wrong with it.
     """
     lines, torn = split_lines(_read(path))
     digests: list[str] = []
     settled: set[ChainHead] = set()
     checkpoints, last_signed = 0, 0
-    for entry in read_chain(lines, after=EMPTY, path=path):
+    entries = list(read_chain(lines, after=EMPTY, path=path))
+    signer = first_signer(entries, public_hex=public_hex)
+    for entry in entries:
         if entry.event == _CHECKPOINT:
-            _check_signature(entry, public_hex=public_hex, path=path)
+            _check_signature(entry, public_hex=signer, path=path)
             checkpoints, last_signed = checkpoints + 1, entry.number
+        elif entry.event == KEY_CHANGED:
+            last_signed = entry.number
         # Twice, because each crash may leave a line and cost the checkpoint after it.
         elif entry.number - last_signed > 2 * checkpoint_every:
             raise AuditError(
@@ -245,9 +279,16 @@ def verify_audit_log(
                 f"every {checkpoint_every} lines: the chain was made anew; {KEEP_AS_EVIDENCE}"
             )
         digests.append(entry.digest)
-        lost = _settled(entry, public_hex=public_hex, path=path)
+        lost = _settled(entry, public_hex=signer, path=path)
         if lost is not None:
             settled.add(lost[0])
+        signer = signer_after(entry, signer, path=path)
+    if signer != public_hex:
+        raise AuditError(
+            f"{path} is the log of key {signer[:16]}..., to which it was changed, not of "
+            f"{public_hex[:16]}...; name that key, or finish what changes it (consilium client rotate "
+            "--finish)"
+        )
     if torn:
         raise AuditError(
             f"{path}, line {len(lines) + 1}: torn, {len(torn)} bytes without a line end; the next "
@@ -325,7 +366,7 @@ def _settled(
         ) from None
 
 
-def _torn(size_bytes: int) -> list[tuple[str, Mapping[str, int]]]:
+def _torn(size_bytes: int) -> list[tuple[str, _Fields]]:
     return [(_TORN, {"bytes": size_bytes})] if size_bytes else []
 
 

@@ -43,10 +43,11 @@ def enroll(
     coordinator = load_coordinator(folder)
     data = enrolment.read_bytes()
     rotation = _rotation_in(data)
-    if rotation is not None:
+    if rotation is not None and rotation.site in coordinator.roster():
         _take_rotation(coordinator, rotation, out=out)
         return
-    opened = open_enrolment(data)
+    # Who left and comes back with new keys is as new as anybody.
+    opened = open_enrolment(data) if rotation is None else rotation.opened()
     console.print(
         f"{opened.site}, declared size {opened.declared_size:,}, fingerprint {opened.fingerprint}",
         soft_wrap=True,
@@ -57,8 +58,8 @@ def enroll(
     out = out or Path(f"bundle-{opened.site}.json")
     write_atomically(out, bundle)
     console.print(
-        f"Wrote {out} and {coordinator.roster_file}: {opened.site} is enrolled. There: consilium client join "
-        f"{out.name}",
+        f"Wrote {out} and {coordinator.roster_file}: {opened.site} is enrolled. There: consilium client "
+        f"{'join' if rotation is None else 'rotate --finish'} {out.name}",
         soft_wrap=True,
     )
 

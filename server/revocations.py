@@ -74,6 +74,5 @@ class Revocations:
             if enrolment.signing_key == one.public_key or enrolment.node_key == one.node_key:
                 raise ConfigError(
                     f"this enrolment has a key that holds no more: {one.sentence()}; to take part again, the "
-                    "hospital makes new keys (remove its keys/, and make it a new folder or enrolment), and "
-                    "both compare fingerprints"
+                    "hospital makes new keys (consilium client rotate) and both compare fingerprints"
                 )

@@ -16,18 +16,21 @@ from common.errors import ConfigError
 from common.signing import SigningKey
 from server.certificates import make_authority
 
+OWN = SigningKey.generate()
 BUNDLE = Bundle(
     "bern",
     "consilium.example.org:8000",
     make_authority("test").certificate.decode(),
     SigningKey.generate().public_hex,
-    "ab" * 32,
+    OWN.public_hex,
 )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "bern"
+    (folder / "keys").mkdir(parents=True)
+    OWN.save(folder / "keys" / "signing.pem")
     init_site(folder, name="bern", declared_size=1200, unit="patient", patient_id="pseudonym")
     return folder
 
@@ -69,6 +72,13 @@ def test_the_same_bundle_again_changes_nothing(folder: Path) -> None:
     join(folder, BUNDLE)
     before = (folder / "site.toml").read_text()
     join(folder, BUNDLE)
+    assert (folder / "site.toml").read_text() == before
+
+
+def test_a_bundle_that_answers_other_keys_is_refused(folder: Path) -> None:
+    before = (folder / "site.toml").read_text()
+    with pytest.raises(ConfigError, match=r"signs with .*rotate --finish"):
+        join(folder, replace(BUNDLE, signing_key="ab" * 32))
     assert (folder / "site.toml").read_text() == before
 
 

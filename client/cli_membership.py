@@ -1,0 +1,93 @@
+"""`consilium client rotate` and `withdraw`: new keys, and leaving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.rotation import finish_rotation
+from client.rotation import rotate as rotate_keys
+from client.site_config import SiteConfig, load_site_config
+from client.withdrawals import withdraw as withdraw_from
+from common.cli import console
+from common.enrolment import open_bundle
+from common.locks import lock_holder
+
+SiteDir = Annotated[
+    Path, typer.Option("--site", help="The hospital's folder, with site.toml in it.")
+]
+_END_S = 45.0
+
+
+def rotate(
+    site: SiteDir = Path(),
+    finish: Annotated[
+        Path | None,
+        typer.Option(
+            help="The bundle with which the coordinator answered.", exists=True, dir_okay=False
+        ),
+    ] = None,
+) -> None:
+    """Make new keys for this hospital, to be sent to the coordinator; with --finish, use them."""
+    config = load_site_config(site)
+    if finish is None:
+        made = rotate_keys(config)
+        console.print(
+            f"Wrote {made} and {site / 'keys' / 'next'}. The old keys stay in use. Send {made.name} to the "
+            "coordinator; it holds public parts only and is signed by the old key, so no telephone call is "
+            f"needed.\nNext, when its bundle is there: consilium client rotate --finish BUNDLE --site {site}",
+            soft_wrap=True,
+        )
+        return
+    finish_rotation(config, open_bundle(finish.read_bytes()))
+    console.print(
+        f"Wrote {config.signing_key_path} and {config.node_key_path}: the new keys are in use, the old ones "
+        f"are gone. Start again what runs here: consilium client up --site {site}, or the agent; a node with "
+        "a folder of its own needs it anew: consilium client node-init",
+        soft_wrap=True,
+    )
+
+
+def withdraw(
+    site: SiteDir = Path(),
+    coordinator: Annotated[
+        str, typer.Option(help="Its public key, where site.toml names several.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
+) -> None:
+    """Leave a coordinator: none of its tasks is done from now on, and it is told so, signed."""
+    config = load_site_config(site)
+    if not yes:
+        typer.confirm("Leave this coordinator, and do nothing more for it?", abort=True)
+    made = withdraw_from(config, coordinator=coordinator)
+    ended = _end_up(config)
+    console.print(
+        f"Wrote {made}: this hospital does nothing more for that coordinator{ended}. Send {made.name} to it; "
+        "there: consilium server revoke SITE DIR --withdrawal FILE.\nWhat this hospital gave to runs until "
+        "now stays in their adapters: nothing takes an update out of a model again. Ledger and audit log "
+        "stay here. An agent that runs as a service of its own refuses from its next task on; restart it to "
+        "end one that it trains now.",
+        soft_wrap=True,
+    )
+
+
+def _end_up(config: SiteConfig) -> str:
+    """End `client up`, so that nothing leaves that it trains now; say so."""
+    lock = config.folder / "state" / "up.lock"
+    holder = lock_holder(lock)
+    if not holder:
+        return ""
+    with suppress(ProcessLookupError):
+        os.kill(holder, signal.SIGTERM)
+    deadline = time.monotonic() + _END_S
+    while lock_holder(lock) == holder and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if lock_holder(lock) == holder:
+        return f"; `consilium client up`, process {holder}, does not end: kill -9 {holder}"
+    return "; `consilium client up` was ended"
