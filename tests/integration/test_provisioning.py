@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-import tomlkit
 
 from common.flower_process import free_port
-from common.model_folder import digest_model
 from simulations.embedded import embedded_model_dir
 from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
 from tests.integration.commands import Commands, Federation
+from tests.integration.enrolled import allow
 from tests.integration.sites import SMALL
 
 pytestmark = pytest.mark.integration
@@ -44,7 +43,7 @@ def test_a_coordinator_and_two_hospitals_from_nothing_to_a_run(tmp_path: Path) -
             site = federation.site(name)
             made = consilium("client", "init", site, "--name", name, "--declared-size", "20")
             write_jsonl(records, site / "records.jsonl")
-            _allow(site, model)
+            allow(site, model)
             bundle = tmp_path / f"bundle-{name}.json"
             enrolled = consilium(
                 *("server", "enroll", site / "enrolment.json", federation.coordinator),
@@ -63,23 +62,6 @@ def test_a_coordinator_and_two_hospitals_from_nothing_to_a_run(tmp_path: Path) -
                for key in ("signing.pem", "node")]  # fmt: skip
     sent = b"".join(path.read_bytes() for path in tmp_path.glob("bundle-*.json"))
     assert all(path.read_bytes().splitlines()[1] not in sent for path in private)
-
-
-def _allow(site: Path, model: Path) -> None:
-    """What a hospital's people write into site.toml."""
-    path = site / "site.toml"
-    document = tomlkit.parse(path.read_text())
-    document["policy"].update(
-        {
-            "approval": "auto",
-            "require-dp": False,
-            "max-epsilon": float("inf"),
-            "allowed-models": [
-                {"name": model.name, "path": str(model), "digest": digest_model(model)}
-            ],
-        }
-    )
-    path.write_text(tomlkit.dumps(document))
 
 
 def _fingerprint(output: str) -> str:
