@@ -1,7 +1,6 @@
 """What a whole run will cost this site, before it begins: epsilon, bytes, steps, hours.
 
-All but the hours is exact and needs no weights: the model is built on torch's meta device from its
-folder's config.json, and the adapter is put on it as it would be for training.
+All but the hours is exact and needs no weights: see common/planned_model.py.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from client.policy import planned_records
-from common.adapter import AdapterShape
-from common.config import LoraSection, RunConfig
-from common.errors import ModelError
+from common.config import RunConfig
 from common.files import write_atomically
-from common.model import BaseModel, adapter_shape
+from common.planned_model import PlannedModel
 from common.privacy import GaussianSteps, compose_epsilon
 
 logger = logging.getLogger(__name__)
@@ -33,15 +29,6 @@ _MAX_SPEEDS = 64
 _FLOPS, _FLOPS_CHECKPOINTING = 6, 8
 # Share of a matrix product's speed that training reaches, with all that is not a matrix product.
 _UTILISATION = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedModel:
-    """A base model and an adapter on it, as they will be. digest: `digest_model` of its folder."""
-
-    digest: str
-    shape: AdapterShape
-    num_parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +52,6 @@ class RunCost:
     bytes_up: int
     hours: float
     hours_measured: bool
-
-
-def planned_model(folder: Path, digest: str, lora: LoraSection, *, rank: int) -> PlannedModel:
-    """Return what an adapter for a model folder will look like, without loading the model.
-
-    digest: of the folder. rank: that which this site would train at.
-    Raises ModelError when the folder holds no usable config.json or the LoRA setting does not fit.
-    """
-    return _planned_model(str(folder), digest, lora, rank)
 
 
 def run_cost(
@@ -186,25 +164,3 @@ def _flops_per_second(device_name: str, dtype_name: str) -> float:
         float((matrix @ matrix)[0, 0])
         best_s = min(best_s, time.perf_counter() - started)
     return 2 * side**3 / best_s
-
-
-@lru_cache(maxsize=16)
-def _planned_model(folder: str, digest: str, lora: LoraSection, rank: int) -> PlannedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"model folder {folder} describes no model that can be built ({type(error).__name__}); "
-            "copy the coordinator's model folder again"
-        ) from None
-    model.requires_grad_(False)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    base = BaseModel(model, None, digest, torch.device("meta"))
-    with torch.device("meta"):
-        return PlannedModel(digest, adapter_shape(base, lora, rank=rank), num_parameters)

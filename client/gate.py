@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from client.approvals import Approvals, plan_of
-from client.cost import PlannedModel, RunCost, Speeds, planned_model, run_cost
+from client.cost import RunCost, Speeds, run_cost
 from client.ledger import Ledger, LedgerRow
 from client.plan import TaskPlan, plan_task
 from client.policy import check_task
@@ -21,6 +21,7 @@ from common.errors import ApprovalError, BudgetError, ConfigError, RestoreError
 from common.files import write_atomically
 from common.model import choose_device
 from common.model_folder import check_digest
+from common.planned_model import PlannedModel, planned_model
 from common.records import SiteHeads, Task, parse_heads
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from client.cost import PlannedModel, Speeds
+from client.cost import Speeds
 from client.dp import signal_to_noise
 from client.egress import CheckedAdapter, check_adapter, check_numbers
 from client.examples import ExampleStore, LocalExamples
@@ -29,6 +29,7 @@ from common.model import (
     shape_of,
     write_adapter,
 )
+from common.planned_model import PlannedModel
 from common.records import Task
 
 logger = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from common.records import SiteHeads
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
 from server.cli_membership import CoordinatorDir, enroll, revoke
+from server.cli_plan import plan
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -82,6 +83,9 @@ def up(
     set_up_logging(verbose=True)
     run_coordinator(load_coordinator(folder))
     console.print(f"Stopped. The coordinator's logs: {folder / 'flower'}", soft_wrap=True)
+
+
+app.command()(plan)
 
 
 @app.command()

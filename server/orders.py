@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tomli_w
 
+from common.audit_log import read_audit_log
 from common.config import RunConfig, Scalar
 from common.errors import CheckpointError, ConfigError
 from common.files import write_atomically
@@ -21,9 +22,11 @@ from server.flower_control import ControlError
 from server.history import History
 from server.keeper import read_submissions
 from server.launch import Launch, read_launch, split_settings
+from server.plan import PlannedRun, plan_run, told_ranks
 from server.run_check import CheckedRun, Problems, check_noise, check_run
 from server.run_folder import RunFolder, open_run_folder, run_lock
 from server.run_state import BY_ORDER
+from server.run_time import estimate_time
 from server.runs import AskedRun, AskedRuns
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,23 @@ def check_order(coordinator: Coordinator, config: RunConfig, *, base_dir: Path) 
     problems.raise_all()
     assert checked is not None  # or problems would have said why
     return checked
+
+
+def plan_order(coordinator: Coordinator, config: RunConfig, *, base_dir: Path) -> PlannedRun:
+    """Return what a run would be; nothing is written. Raises as `check_order`."""
+    checked = check_order(coordinator, config, base_dir=base_dir)
+    log = coordinator.audit_log
+    return plan_run(
+        checked.config,
+        roster=coordinator.roster(),
+        shape=checked.prepared.shape,
+        ranks=told_ranks(read_audit_log(log) if log.exists() else ()),
+        time=estimate_time(
+            checked.config,
+            base_digest=checked.model.digest,
+            runs=AskedRuns(coordinator.launches).all(),
+        ),
+    )
 
 
 def require_room(coordinator: Coordinator, run_dir: Path, *, resume: bool) -> None:
