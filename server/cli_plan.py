@@ -52,14 +52,13 @@ def plan(
 def _table(planned: PlannedRun) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("site", overflow="fold")
-    table.add_column("unit")
-    for name in ("size", "q", "sigma", "epsilon", "steps", "rank", "bytes down", "bytes up"):
+    # Down and up are the same shape.
+    for name in ("size", "q", "sigma", "epsilon", "steps", "rank", "bytes each way"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in planned.sites:
         protected = math.isfinite(one.epsilon)
         table.add_row(
             one.site,
-            one.unit,
             f"{one.declared_size:,}",
             f"{one.sample_rate:.4g}",
             f"{one.noise_multiplier:.4g}" if protected else "none",
@@ -67,6 +66,5 @@ def _table(planned: PlannedRun) -> Table:
             f"{one.steps:,}",
             str(one.rank) if one.rank_known else f"{one.rank}?",
             f"{one.bytes_down:,}",
-            f"{one.bytes_up:,}",
         )
     return table

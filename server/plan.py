@@ -161,8 +161,8 @@ def plan_sentences(plan: PlannedRun) -> Sequence[str]:
     protected = [one.epsilon for one in plan.sites if math.isfinite(one.epsilon)]
     if len(protected) == total and protected:
         said.append(
-            f"Epsilon at most {max(protected):.2f} at delta {plan.delta:g} ({plan.accountant}), over all "
-            "rounds, for this run alone; what a hospital's data set has spent before comes on top, in its "
+            f"Epsilon at most {max(protected):.2f} for each {plan.sites[0].unit} at delta {plan.delta:g} "
+            f"({plan.accountant}), over all rounds, for this run alone; what a hospital's data set has spent before comes on top, in its "
             "own ledger"
         )
     else:
