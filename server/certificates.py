@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from common.errors import ConfigError
 from common.files import write_atomically
 
 _CA_DAYS = 3650
@@ -48,15 +49,25 @@ def make_authority(name: str) -> Certified:
     return _pem(certificate, key)
 
 
-def make_server_certificate(authority: Certified, *, hosts: Sequence[str]) -> Certified:
-    """Return a certificate for the SuperLink. hosts: every name and IP address that it is reached by."""
+def make_server_certificate(
+    authority: Certified, *, hosts: Sequence[str], key: bytes = b""
+) -> Certified:
+    """Return a certificate for the SuperLink.
+
+    hosts: every name and IP address that it is reached by. key: PEM, the one to go on with; without, a new
+    one.
+    Raises ConfigError when a key is none of ours, or the authority's is not that of its certificate.
+    """
     ca = x509.load_pem_x509_certificate(authority.certificate)
-    ca_key = serialization.load_pem_private_key(authority.key, password=None)
-    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP384R1())
+    ca_key = _load_key(authority.key)
+    if ca_key.public_key() != ca.public_key():
+        raise ConfigError(
+            "the CA's key is not that of tls/ca.crt; give the one that was made with it"
+        )
+    own_key = _load_key(key) if key else ec.generate_private_key(ec.SECP384R1())
     identifier = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     certificate = (
-        _builder(_name(hosts[0][:64]), ca.subject, key.public_key(), days=_SERVER_DAYS)
+        _builder(_name(hosts[0][:64]), ca.subject, own_key.public_key(), days=_SERVER_DAYS)
         .add_extension(x509.SubjectAlternativeName(list(map(_general_name, hosts))), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
@@ -67,13 +78,43 @@ def make_server_certificate(authority: Certified, *, hosts: Sequence[str]) -> Ce
         )
         .sign(ca_key, hashes.SHA384())
     )
-    return _pem(certificate, key)
+    return _pem(certificate, own_key)
+
+
+def certified_hosts(certificate: bytes) -> list[str]:
+    """Return every name and IP address that a certificate (PEM) is good for. Raises ConfigError."""
+    names = _load_certificate(certificate).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    return [str(name.value) for name in names.value]
+
+
+def expires_at(certificate: bytes) -> float:
+    """Return until when a certificate (PEM) is good, Unix seconds. Raises ConfigError."""
+    return _load_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 def save_certified(certified: Certified, folder: Path, name: str) -> None:
     """Write NAME.key, which its owner alone may read, and NAME.crt."""
     write_atomically(folder / f"{name}.key", certified.key, mode=0o600)
     write_atomically(folder / f"{name}.crt", certified.certificate, mode=0o644)
+
+
+def _load_certificate(certificate: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(certificate)
+    except ValueError:
+        raise ConfigError("this is no certificate in PEM form; restore it from a backup") from None
+
+
+def _load_key(key: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        loaded = serialization.load_pem_private_key(key, password=None)
+    except (ValueError, TypeError):
+        loaded = None
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise ConfigError("this is no unencrypted ECDSA key in PEM form; restore it from a backup")
+    return loaded
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -26,7 +26,7 @@ from common.receipts import seal_receipt
 from common.records import SiteHeads
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
-from server.cli_membership import CoordinatorDir, enroll, revoke
+from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
@@ -210,6 +210,7 @@ def exclude(
 
 
 app.command()(revoke)
+app.command()(renew)
 
 
 @app.command()

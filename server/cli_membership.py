@@ -1,7 +1,8 @@
-"""`consilium server enroll` and `revoke`: who takes part."""
+"""`consilium server enroll`, `revoke` and `renew`: who takes part, and by which certificate he is met."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +13,11 @@ from common.enrolment import fingerprint, open_enrolment
 from common.errors import ProtocolError
 from common.files import write_atomically
 from common.membership import Rotation, open_rotation, open_withdrawal
+from server.certificates import expires_at
 from server.coordinator import Coordinator, load_coordinator
 from server.membership import enrol, rotate
 from server.membership import revoke as revoke_site
+from server.provisioning import renew_certificate
 
 CoordinatorDir = Annotated[
     Path,
@@ -92,6 +95,25 @@ def revoke(
             f"{folder}`, then `flwr supernode unregister NODE`.[/yellow]",
             soft_wrap=True,
         )
+
+
+def renew(
+    folder: CoordinatorDir,
+    ca_key: Annotated[
+        Path | None, typer.Option(help="Where the CA's key is; default: DIR/tls/ca.key.")
+    ] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Make a new key as well.")] = False,
+) -> None:
+    """Make the SuperLink's next certificate, for the same hosts; hospitals need not be told."""
+    coordinator = load_coordinator(folder)
+    hosts = renew_certificate(coordinator, ca_key=ca_key, new_key=new_key)
+    until = expires_at(coordinator.certificate.read_bytes())
+    console.print(
+        f"Wrote {coordinator.certificate}, good for {', '.join(hosts)} until "
+        f"{datetime.fromtimestamp(until).strftime('%Y-%m-%d')}. It is used from the next start of `consilium "
+        f"server up {folder}` on: end that and start it again; a run goes on by itself.",
+        soft_wrap=True,
+    )
 
 
 def _rotation_in(data: bytes) -> Rotation | None:

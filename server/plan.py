@@ -162,8 +162,8 @@ def plan_sentences(plan: PlannedRun) -> Sequence[str]:
     if len(protected) == total and protected:
         said.append(
             f"Epsilon at most {max(protected):.2f} for each {plan.sites[0].unit} at delta {plan.delta:g} "
-            f"({plan.accountant}), over all rounds, for this run alone; what a hospital's data set has spent before comes on top, in its "
-            "own ledger"
+            f"({plan.accountant}), over all rounds, for this run alone; what a hospital's data set has spent "
+            "before comes on top, in its own ledger"
         )
     else:
         said.append("No differential privacy: what a model keeps of a record is not bounded")

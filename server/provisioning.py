@@ -1,4 +1,4 @@
-"""Making a coordinator's folder: `consilium server init`."""
+"""Making a coordinator's folder, and its next certificate: `consilium server init`, `renew`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from common.address import parse_address
 from common.errors import ConfigError
 from common.files import write_atomically
 from common.signing import SigningKey
-from server.certificates import make_authority, make_server_certificate, save_certified
+from server.certificates import (
+    Certified,
+    certified_hosts,
+    make_authority,
+    make_server_certificate,
+    save_certified,
+)
 from server.coordinator import COORDINATOR_FILE, Coordinator, load_coordinator
 from server.roster import Roster
 
@@ -60,3 +66,31 @@ def init_coordinator(
     # Last: a folder without it is none, and may be made again.
     write_atomically(folder / COORDINATOR_FILE, content.encode(), mode=0o600)
     return load_coordinator(folder)
+
+
+def renew_certificate(
+    coordinator: Coordinator, *, ca_key: Path | None = None, new_key: bool = False
+) -> Sequence[str]:
+    """Write the SuperLink's next certificate and return the hosts that it is good for: those it was good for.
+
+    ca_key: where the CA's key is, if not in tls/. new_key: make a new key as well; without, one file changes
+    in one step. With it the key is written first: cut off in between, the same command mends it.
+    Raises ConfigError when the CA's key is missing or another's.
+    """
+    ca_key = ca_key or coordinator.ca.with_name("ca.key")
+    try:
+        authority = Certified(coordinator.ca.read_bytes(), ca_key.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"the CA's key cannot be read at {ca_key} ({error.strerror}); if it is kept elsewhere, name it: "
+            "--ca-key FILE"
+        ) from None
+    address = parse_address(coordinator.config.server.address).host
+    hosts = list(dict.fromkeys([*certified_hosts(coordinator.certificate.read_bytes()), address]))
+    key = b"" if new_key else coordinator.certificate_key.read_bytes()
+    made = make_server_certificate(authority, hosts=hosts, key=key)
+    if new_key:
+        save_certified(made, coordinator.certificate.parent, "server")
+    else:
+        write_atomically(coordinator.certificate, made.certificate)
+    return hosts

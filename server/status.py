@@ -11,19 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.errors import EngineError
+from common.errors import ConfigError, ConsiliumError, EngineError
 from common.flower_process import http_answers
 from common.supervisor_state import read_supervisor_state
+from server.certificates import expires_at
 from server.coordinator import Coordinator
 from server.flower_control import NodeStatus
-from server.history import Event
 from server.keeper import Submission, read_submissions
+from server.run_place import Refusals, run_place
 from server.run_state import BY_ORDER
 from server.runs import AskedRun, AskedRuns
+from server.superlink_state import registered_nodes
 from server.up import probed_host
 
 _NODES_TIMEOUT_S = 8.0
 _ANSWER_TIMEOUT_S = 2.0
+# Time enough for a person to be away.
+_RENEW_BEFORE_S = 30 * 86_400.0
 
 # What helps against each end of a run, where its message does not say it.
 _REMEDIES = {
@@ -62,9 +66,10 @@ class RunReport:
     """A run. state: waiting, running, finished, stopped or gave-up; code, message: why it ended.
 
     round: the one that goes, else the newest committed one. sites: of that round; replied: of them.
-    refused: site -> reason, of that round and of the gathering before it. awaiting: sites whose hospital has
-    yet to approve it. epsilon: by site, as reported; null without differential privacy. checkpoint: the
-    newest. process: of the ServerApp, null when none runs. trouble: why nothing runs it now.
+    refused: site -> reason, of that round and of the gathering before it; refusals: of the whole run.
+    awaiting: sites whose hospital has yet to approve it. epsilon: by site, as reported; null without
+    differential privacy. checkpoint: the newest. process: of the ServerApp, null when none runs. trouble: why
+    nothing runs it now.
     """
 
     run: str
@@ -77,6 +82,7 @@ class RunReport:
     sites: tuple[str, ...]
     replied: tuple[str, ...]
     refused: Mapping[str, str]
+    refusals: Mapping[str, Refusals]
     awaiting: tuple[str, ...]
     epsilon: Mapping[str, float | None]
     checkpoint: str
@@ -88,7 +94,8 @@ class RunReport:
 class CoordinatorStatus:
     """All of it. up: the process of `consilium server up`, null when it does not run.
 
-    nodes: null when the SuperLink does not answer. advice: what is wrong and what to do about it.
+    nodes: null when the SuperLink does not answer. certificate_until: of the SuperLink, Unix seconds, null
+    when it cannot be read. advice: what is wrong and what to do about it.
     """
 
     folder: str
@@ -97,6 +104,7 @@ class CoordinatorStatus:
     processes: tuple[ProcessStatus, ...]
     nodes: tuple[NodeReport, ...] | None
     runs: tuple[RunReport, ...]
+    certificate_until: float | None
     advice: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -109,11 +117,12 @@ def coordinator_status(coordinator: Coordinator) -> CoordinatorStatus:
     up = coordinator.up_pid()
     processes = _processes(coordinator)
     runs = AskedRuns(coordinator.launches).all()
-    nodes = _nodes(coordinator, _sites_of_nodes(runs))
+    nodes = _nodes(coordinator, {**_sites_of_nodes(runs), **_enrolled_nodes(coordinator)})
     submissions = read_submissions(coordinator.keeper_state)
     shown = [run for run in runs if not run.state.is_over]
     over = [run for run in runs if run.state.is_over]
     reports = tuple(_report(run, submissions.get(run.uid)) for run in [*over[-1:], *shown])
+    until = _certificate_until(coordinator)
     return CoordinatorStatus(
         folder=str(coordinator.folder),
         time=round(time.time(), 3),
@@ -121,7 +130,11 @@ def coordinator_status(coordinator: Coordinator) -> CoordinatorStatus:
         processes=processes,
         nodes=nodes,
         runs=reports,
-        advice=tuple(_advice(coordinator, up, processes, nodes, reports)),
+        certificate_until=until,
+        advice=(
+            *_advice(coordinator, up, processes, nodes, reports),
+            *_certificate_advice(coordinator, until),
+        ),
     )
 
 
@@ -170,9 +183,27 @@ def _sites_of_nodes(runs: Sequence[AskedRun]) -> dict[int, str]:
     return sites
 
 
+def _enrolled_nodes(coordinator: Coordinator) -> dict[int, str]:
+    """Which site's key each node was registered with."""
+    try:
+        sites = {one.node_key: one.site for one in coordinator.roster().values() if one.node_key}
+        nodes = registered_nodes(coordinator.superlink_database, sites)
+    except ConsiliumError:
+        # Neither is needed to look at the rest.
+        return {}
+    return {node: sites[key] for key, node in nodes.items()}
+
+
+def _certificate_until(coordinator: Coordinator) -> float | None:
+    try:
+        return expires_at(coordinator.certificate.read_bytes())
+    except ConfigError:
+        return None
+
+
 def _report(run: AskedRun, submission: Submission | None) -> RunReport:
     state = run.state
-    place = _place(run.events)
+    place = run_place(run.events)
     checkpoints = sorted(run.folder.checkpoints.glob("round-*"))
     trouble = ""
     if submission is not None and run.holder is None and not state.is_over:
@@ -188,62 +219,12 @@ def _report(run: AskedRun, submission: Submission | None) -> RunReport:
         sites=place.sites,
         replied=place.replied,
         refused=place.refused,
+        refusals=place.refusals,
         awaiting=place.awaiting,
         epsilon=place.epsilon,
         checkpoint=str(checkpoints[-1]) if checkpoints else "",
         process=run.holder,
         trouble=trouble,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a run is, by its history."""
-
-    server_round: int
-    sites: tuple[str, ...]
-    replied: tuple[str, ...]
-    refused: Mapping[str, str]
-    awaiting: tuple[str, ...]
-    epsilon: Mapping[str, float | None]
-
-
-def _place(events: Sequence[Event]) -> _Place:
-    server_round = 0
-    sites: list[str] = []
-    replied: set[str] = set()
-    at_the_door: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    awaiting: set[str] = set()
-    epsilon: dict[str, float | None] = {}
-    for event in events:
-        kind = event["event"]
-        if kind in ("run-started", "resumed"):
-            at_the_door, refused, awaiting = {}, {}, set()
-        elif kind == "approval":
-            awaiting.add(event["site"])
-        elif kind == "sites":
-            awaiting -= set(event["sites"])
-        elif kind == "round-started":
-            if event["round"] != server_round:
-                replied, refused, sites = set(), {}, []
-            server_round = event["round"]
-            sites += [site for site in event["sites"] if site not in sites]
-        elif kind == "reply":
-            replied.add(event["site"])
-            refused.pop(event["site"], None)
-        elif kind == "refused":
-            awaiting.discard(event["site"])
-            (refused if event["round"] else at_the_door)[event["site"]] = event["reason"]
-        elif kind == "round":
-            epsilon = {site: row["epsilon"] for site, row in event.get("privacy", {}).items()}
-    return _Place(
-        server_round,
-        tuple(sorted(sites)),
-        tuple(sorted(replied)),
-        {**at_the_door, **refused},
-        tuple(sorted(awaiting)),
-        epsilon,
     )
 
 
@@ -288,3 +269,16 @@ def _advice(
                 f"{_REMEDIES[run.state].replace('DIR', str(coordinator.folder))}"
             )
     return said
+
+
+def _certificate_advice(coordinator: Coordinator, until: float | None) -> list[str]:
+    if until is None:
+        return [f"{coordinator.certificate} is no certificate; restore it from a backup"]
+    left_s = until - time.time()
+    if left_s > _RENEW_BEFORE_S:
+        return []
+    when = f"expires in {left_s / 86_400:.0f} days" if left_s > 0 else "has expired"
+    return [
+        f"the SuperLink's certificate {when}: consilium server renew {coordinator.folder}, then start "
+        "`consilium server up` anew; without that no hospital connects"
+    ]

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from server.run_place import Refusals
 from server.status import CoordinatorStatus, NodeReport, ProcessStatus, RunReport
 
 
@@ -86,8 +87,8 @@ def _run_table(run: RunReport) -> Table:
         table.add_row("replied", ", ".join(run.replied) or "none yet")
         if waits and run.state == "running":
             table.add_row("asked", ", ".join(waits))
-    for site, reason in sorted(run.refused.items()):
-        table.add_row("refused", Text(f"{site}: {reason}"))
+    for site, all_of_it in sorted(run.refusals.items()):
+        table.add_row("refused", Text(_refusals(site, all_of_it, now=run.refused.get(site))))
     if run.awaiting:
         table.add_row("approval", f"awaited from {', '.join(run.awaiting)}")
     if run.epsilon:
@@ -99,6 +100,15 @@ def _run_table(run: RunReport) -> Table:
     table.add_row("checkpoint", Text(run.checkpoint or "none yet"))
     table.add_row("folder", Text(run.folder))
     return table
+
+
+def _refusals(site: str, refusals: Refusals, *, now: str | None) -> str:
+    """What a site was refused for, and whether that is how it stands."""
+    times = "once" if refusals.count == 1 else f"{refusals.count} times"
+    place = f"round {refusals.round}" if refusals.round else "before a round"
+    if now is not None:
+        return f"{site}: {now} ({times} in this run)"
+    return f"{site}: not now; {times} in this run, last {refusals.reason}, {place}"
 
 
 def _ago(seconds: float) -> str:

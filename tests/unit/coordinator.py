@@ -9,6 +9,7 @@ import tomli_w
 
 from common.config import RunConfig
 from common.signing import SigningKey
+from server.certificates import make_authority, make_server_certificate, save_certified
 from server.coordinator import Coordinator, load_coordinator
 from server.history import History
 from server.launch import Launch
@@ -17,10 +18,12 @@ from server.run_folder import RunFolder, open_run_folder
 
 
 def write_coordinator(folder: Path, **server: Any) -> Coordinator:
-    """Write what a coordinator's folder holds; its keys and certificates open nothing."""
+    """Write what a coordinator's folder holds; its sites' keys open nothing."""
     (folder / "tls").mkdir(parents=True)
-    for name in ("ca.crt", "server.crt", "server.key"):
-        (folder / "tls" / name).write_text("not one")
+    authority = make_authority("test")
+    save_certified(authority, folder / "tls", "ca")
+    made = make_server_certificate(authority, hosts=["127.0.0.1"])
+    save_certified(made, folder / "tls", "server")
     (folder / "superexec.secret").write_bytes(bytes(32))
     SigningKey.generate().save(folder / "signing.pem")
     sites = [RosterEntry(name, "ab" * 32, 1000) for name in ("bern", "oslo")]

@@ -9,11 +9,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from common.errors import ConfigError
 from common.signing import SigningKey
-from server.coordinator import Coordinator
-from server.provisioning import init_coordinator
+from server.certificates import certified_hosts, expires_at
+from server.cli import app
+from server.coordinator import Coordinator, load_coordinator
+from server.provisioning import init_coordinator, renew_certificate
 
 
 @pytest.fixture
@@ -79,6 +82,58 @@ def test_nothing_is_ever_overwritten(coordinator: Coordinator) -> None:
     with pytest.raises(ConfigError, match="whose keys hospitals have pinned"):
         init_coordinator(coordinator.folder, address="other.example.org:8000")
     assert before == {path: path.read_bytes() for path in before}
+
+
+# The next certificate
+
+
+def test_the_next_certificate_is_good_for_the_same_hosts_and_longer(
+    coordinator: Coordinator,
+) -> None:
+    before, key = coordinator.certificate.read_bytes(), coordinator.certificate_key.read_bytes()
+    hosts = renew_certificate(coordinator)
+    assert hosts == certified_hosts(before)
+    after = coordinator.certificate.read_bytes()
+    assert after != before
+    assert expires_at(after) >= expires_at(before)
+    assert coordinator.certificate_key.read_bytes() == key
+    for host in ("consilium.example.org", "10.0.0.7"):
+        assert _handshake(coordinator, host) == ""
+
+
+def test_a_new_key_comes_with_it_where_that_is_asked_for(coordinator: Coordinator) -> None:
+    key = coordinator.certificate_key.read_bytes()
+    renew_certificate(coordinator, new_key=True)
+    assert coordinator.certificate_key.read_bytes() != key
+    assert stat.S_IMODE(coordinator.certificate_key.stat().st_mode) == 0o600
+    assert _handshake(coordinator, "consilium.example.org") == ""
+
+
+def test_an_address_that_was_changed_since_is_covered_too(coordinator: Coordinator) -> None:
+    path = coordinator.folder / "coordinator.toml"
+    path.write_text(path.read_text().replace("consilium.example.org", "new.example.org"))
+    moved = load_coordinator(coordinator.folder)
+    assert "new.example.org" in renew_certificate(moved)
+    assert _handshake(moved, "new.example.org") == ""
+
+
+def test_the_authoritys_key_may_be_kept_elsewhere_but_no_other_takes_its_place(
+    coordinator: Coordinator, tmp_path: Path
+) -> None:
+    before = coordinator.certificate.read_bytes()
+    elsewhere = (coordinator.folder / "tls" / "ca.key").rename(tmp_path / "safe.key")
+    with pytest.raises(ConfigError, match=r"cannot be read .* name it: --ca-key FILE"):
+        renew_certificate(coordinator)
+    other = init_coordinator(tmp_path / "other", address="consilium.example.org:8000")
+    with pytest.raises(ConfigError, match="not that of tls/ca.crt"):
+        renew_certificate(coordinator, ca_key=other.ca.with_name("ca.key"))
+    with pytest.raises(ConfigError, match="no unencrypted ECDSA key"):
+        renew_certificate(coordinator, ca_key=coordinator.signing_key)
+    assert coordinator.certificate.read_bytes() == before
+    done = CliRunner().invoke(app, ["renew", str(coordinator.folder), "--ca-key", str(elsewhere)])
+    assert done.exit_code == 0, done.output
+    assert "end that and start it again" in " ".join(done.output.split())
+    assert _handshake(coordinator, "10.0.0.7") == ""
 
 
 def test_an_address_that_is_none_writes_nothing(tmp_path: Path) -> None:

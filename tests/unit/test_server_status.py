@@ -21,6 +21,7 @@ from server.coordinator import Coordinator
 from server.history import History
 from server.keeper import Submission
 from server.run_folder import RunFolder, run_lock
+from server.run_place import Refusals
 from server.run_state import BY_ORDER
 from server.status import CoordinatorStatus, NodeReport, coordinator_status
 from server.status_tables import status_tables
@@ -77,6 +78,43 @@ def test_a_run_that_goes_is_told_with_its_round_its_sites_and_what_was_spent(
     assert told.process == os.getpid()
 
 
+def test_refusals_are_counted_over_the_whole_run_with_the_last_reason(
+    coordinator: Coordinator, run: RunFolder
+) -> None:
+    _half_a_round(run)
+    history = History(run.history)
+    history.record("refused", round=2, site="wien", reason="silent")
+    history.record("refused", round=2, site="bern", reason="signature")
+    history.record("reply", round=2, site="bern")
+    with hold_lock(run_lock(run.path)):
+        status = coordinator_status(coordinator)
+    told = status.runs[0].refusals
+    assert told["wien"] == Refusals(2, "silent", 2)
+    assert told["bern"] == Refusals(1, "signature", 2)
+    text = _text(status)
+    assert "wien: silent (2 times in this run)" in text
+    assert "bern: not now; once in this run, last signature, round 2" in text
+
+
+@pytest.mark.parametrize(
+    ("days", "said"), [(31, None), (29, "expires in 29 days"), (-1, "has expired")]
+)
+def test_a_certificate_that_is_about_to_expire_is_said_with_the_command(
+    coordinator: Coordinator, days: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until = time.time() + days * 86_400.0 + 60.0
+    monkeypatch.setattr("server.status.expires_at", lambda certificate: until)
+    status = coordinator_status(coordinator)
+    advice = [line for line in status.advice if "certificate " in line]
+    assert len(advice) == (said is not None)
+    if said is not None:
+        assert said in advice[0]
+        assert f"consilium server renew {coordinator.folder}" in advice[0]
+    coordinator.certificate.write_text("not one")
+    monkeypatch.undo()
+    assert any("is no certificate" in line for line in coordinator_status(coordinator).advice)
+
+
 def test_the_tables_say_it_within_a_hundred_columns(
     coordinator: Coordinator, run: RunFolder
 ) -> None:
@@ -88,7 +126,8 @@ def test_the_tables_say_it_within_a_hundred_columns(
     assert lines["replied"] == "oslo"
     assert lines["asked"] == "bern"
     assert lines["epsilon"] == "bern 1.25, oslo no protection"
-    assert lines["refused"] == "wien: norm"
+    assert "rome: site-policy (once in this run)" in text
+    assert lines["refused"] == "wien: norm (once in this run)"
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -186,7 +225,7 @@ def test_nodes_are_shown_with_their_site_and_when_they_were_heard() -> None:
         NodeReport("7", "bern", online=True, online_s=4000.0, offline_at=""),
         NodeReport("8", "", online=False, online_s=0.0, offline_at="2026-11-21 10:00:00Z"),
     )
-    status = CoordinatorStatus("/srv/c", time.time(), 1, (), nodes, (), ())
+    status = CoordinatorStatus("/srv/c", time.time(), 1, (), nodes, (), None, ())
     text = _text(status)
     assert "now, online for 67 min" in text
     assert "not known yet" in text
