@@ -48,11 +48,21 @@ def init(
     ],
     unit: Annotated[Unit, typer.Option(help="Who is hidden: patient or record.")] = "record",
     patient_id: Annotated[str, typer.Option(help="The column that tells patients apart.")] = "",
+    data: Annotated[
+        Path | None, typer.Option(help="The records; default: records.jsonl in DIR.")
+    ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a base model that may be trained; may be repeated."),
+    ] = None,
 ) -> None:
     """Make a hospital's folder: keys, a commented site.toml, and the enrolment to send."""
     from client.provisioning import ENROLMENT_FILE, init_site
 
-    made = init_site(site, name=name, declared_size=declared_size, unit=unit, patient_id=patient_id)
+    made = init_site(
+        site, name=name, declared_size=declared_size, unit=unit, patient_id=patient_id,
+        data=data, models=model or (),
+    )  # fmt: skip
     console.print(
         f"Wrote {site}: site.toml, keys/, {ENROLMENT_FILE}. Send {ENROLMENT_FILE} to the coordinator; it "
         f"holds public parts only.\nFingerprint, to be compared by telephone: {made.fingerprint}\n"

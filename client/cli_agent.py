@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ def up(site: SiteDir = Path()) -> None:
 def agent(site: SiteDir = Path()) -> None:
     """Run the agent alone: it holds data, model and keys, and answers whoever may open its socket."""
     set_up_logging(verbose=True)
+    # A model's folder lies here; nothing asks a hub for anything.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Only here, because they load torch: the commands that keep processes up hold it in memory for weeks.
     from client.agent import run_agent
     from client.site import Site

@@ -108,7 +108,7 @@ def init_node(folder: Path, config: SiteConfig, *, socket: Path | None = None) -
     """Write a node's own folder from a joined site's, and return its node.toml.
 
     socket: where the agent listens, as [agent] socket of site.toml says; None takes it from there. The node
-    key is copied: hand the folder to the node's user, and remove the key from the site's when that works.
+    key is copied: hand the folder to the node's user.
     Raises ConfigError when the site has not joined, or the folder holds a node already.
     """
     path = folder / NODE_FILE

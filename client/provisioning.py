@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomlkit
@@ -14,6 +15,7 @@ from client.withdrawals import Withdrawals
 from common.enrolment import SITE_NAME, Bundle, Enrolment, seal_enrolment
 from common.errors import ConfigError
 from common.files import write_atomically
+from common.model_folder import digest_model
 from common.signing import SigningKey, load_or_generate
 
 ENROLMENT_FILE = "enrolment.json"
@@ -27,11 +29,11 @@ name = {name}
 
 [data]
 name = {data_name}           # the ledger's key: keep it when records are added
-path = "records.jsonl"       # JSONL, CSV, Parquet, or a folder of datasets' save_to_disk
+path = {data_path}       # JSONL, CSV, Parquet, or a folder of datasets' save_to_disk
 declared-size = {size}       # a public round number near the true count of units; the true one never leaves
 unit = "{unit}"              # who is hidden, for this data set's whole life: patient or record
 patient-id = {patient_id}    # the column that tells patients apart
-delta = 1e-6                 # below 1 / units
+delta = 1e-5                 # below 1 / units; the lower, the more epsilon the same steps count
 scrub = []                   # "names", "dates", "numbers", "addresses", "emails": replaced while reading
 
 [policy]                     # the coordinator can only ask for less
@@ -41,7 +43,7 @@ require-dp = true
 approval = "ask"             # every run waits for `consilium client approve RUN`; or "auto"
 release-metrics = []         # "train-loss" and "train-seconds" are outside epsilon
 allowed-models = [
-  # {{ name = "llama-3b", path = "models/llama-3b", digest = "..." }},   # consilium model digest PATH
+{models}
 ]
 
 [coordinator]                # written by `consilium client join BUNDLE`
@@ -50,15 +52,33 @@ public-key = []
 [keys]
 signing = "keys/signing.pem"
 node = "keys/node"
+
+[agent]
+socket = "state/agent.sock"  # where the relay reaches the agent; elsewhere where another user runs it
+idle-unload-s = 1800         # after so long without a task the model leaves the memory
 """
+_NO_MODEL = (
+    '  # { name = "llama-3b", path = "models/llama-3b", digest = "..." },'
+    "   # consilium model digest PATH"
+)
 
 
 def init_site(
-    folder: Path, *, name: str, declared_size: int, unit: str, patient_id: str = ""
+    folder: Path,
+    *,
+    name: str,
+    declared_size: int,
+    unit: str,
+    patient_id: str = "",
+    data: Path | None = None,
+    models: Sequence[Path] = (),
 ) -> Enrolment:
     """Write a new hospital's folder: keys, a commented site.toml, and the enrolment to send.
 
-    The enrolment holds public parts only. Raises ConfigError when the folder holds a site already.
+    The enrolment holds public parts only. data: the records, None for records.jsonl in the folder. models:
+    folders of the base models that it allows, by the folder's name.
+    Raises ConfigError when the folder holds a site already, or there are no such data; ModelError for a
+    folder that is no usable model.
     """
     if (folder / SITE_FILE).exists():
         raise ConfigError(
@@ -72,6 +92,9 @@ def init_site(
         )
     if unit == "patient" and not patient_id:
         raise ConfigError("--unit patient needs --patient-id, the column that tells patients apart")
+    if data is not None and not data.exists():
+        raise ConfigError(f"--data {data}: there is no such file or folder")
+    allowed = [(one.resolve().name, one.resolve(), digest_model(one)) for one in models]
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     signing = load_or_generate(folder / "keys" / "signing.pem")
@@ -83,6 +106,12 @@ def init_site(
         size=declared_size,
         unit=unit,
         patient_id=_toml(patient_id),
+        data_path=_toml("records.jsonl" if data is None else str(data.resolve())),
+        models="\n".join(
+            f"  {{ name = {_toml(model)}, path = {_toml(str(path))}, digest = {_toml(digest)} }},"
+            for model, path, digest in allowed
+        )
+        or _NO_MODEL,
     )
     write_atomically(folder / ENROLMENT_FILE, seal_enrolment(enrolment, signing))
     # Last: a folder without it is none, and may be made again with the same keys.

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from client.node import check_connection
 from client.provisioning import ENROLMENT_FILE, init_site, join
 from client.site_config import load_site_config
-from client.up import check_connection
+from common.config import read_toml
 from common.enrolment import Bundle, open_enrolment
-from common.errors import ConfigError
+from common.errors import ConfigError, ConsiliumError
+from common.model_folder import digest_model
 from common.signing import SigningKey
 from server.certificates import make_authority
 
@@ -143,4 +145,34 @@ def test_a_name_that_the_coordinator_would_refuse_makes_no_folder(
 ) -> None:
     with pytest.raises(ConfigError, match="a site's name is 1 to 64 letters"):
         init_site(tmp_path / "new", name=name, declared_size=10, unit="record")
+    assert not (tmp_path / "new").exists()
+
+
+def test_data_and_models_that_are_named_stand_in_site_toml(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    data = tmp_path / "notes.jsonl"
+    data.write_text("{}\n")
+    init_site(
+        tmp_path / "new", name="bern", declared_size=10, unit="record", data=data,
+        models=[tiny_model_dir],
+    )  # fmt: skip
+    written = read_toml(tmp_path / "new" / "site.toml")
+    assert written["data"]["path"] == str(data)
+    assert written["policy"]["allowed-models"] == [
+        {
+            "name": tiny_model_dir.name,
+            "path": str(tiny_model_dir),
+            "digest": digest_model(tiny_model_dir),
+        }
+    ]
+    assert written["agent"] == {"socket": "state/agent.sock", "idle-unload-s": 1800}
+
+
+@pytest.mark.parametrize("wrong", ["data", "models"])
+def test_data_or_a_model_that_is_not_there_makes_no_folder(tmp_path: Path, wrong: str) -> None:
+    nothing = tmp_path / "nothing"
+    given = {"data": nothing} if wrong == "data" else {"models": [nothing]}
+    with pytest.raises(ConsiliumError, match="nothing"):
+        init_site(tmp_path / "new", name="bern", declared_size=10, unit="record", **given)
     assert not (tmp_path / "new").exists()
