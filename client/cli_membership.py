@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from client.rotation import finish_rotation
+from client.rotation import RUNNING_LOCKS, finish_rotation
 from client.rotation import rotate as rotate_keys
 from client.site_config import SiteConfig, load_site_config
 from client.withdrawals import withdraw as withdraw_from
@@ -66,28 +65,36 @@ def withdraw(
     if not yes:
         typer.confirm("Leave this coordinator, and do nothing more for it?", abort=True)
     made = withdraw_from(config, coordinator=coordinator)
-    ended = _end_up(config)
+    ended = _end_what_runs(config)
     console.print(
         f"Wrote {made}: this hospital does nothing more for that coordinator{ended}. Send {made.name} to it; "
         "there: consilium server revoke SITE DIR --withdrawal FILE.\nWhat this hospital gave to runs until "
         "now stays in their adapters: nothing takes an update out of a model again. Ledger and audit log "
-        "stay here. An agent that runs as a service of its own refuses from its next task on; restart it to "
-        "end one that it trains now.",
+        "stay here. What a service manager starts again does nothing for that coordinator either.",
         soft_wrap=True,
     )
 
 
-def _end_up(config: SiteConfig) -> str:
-    """End `client up`, so that nothing leaves that it trains now; say so."""
-    lock = config.folder / "state" / "up.lock"
+def _end_what_runs(config: SiteConfig) -> str:
+    """End what answers tasks, so that nothing leaves that it trains now; say so."""
+    said = [_end(config, command, lock) for command, lock in RUNNING_LOCKS.items()]
+    return "".join(said)
+
+
+def _end(config: SiteConfig, command: str, name: str) -> str:
+    lock = config.folder / "state" / name
     holder = lock_holder(lock)
     if not holder:
         return ""
-    with suppress(ProcessLookupError):
+    try:
         os.kill(holder, signal.SIGTERM)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        return f"; `consilium client {command}`, process {holder}, is another user's: let that user end it"
     deadline = time.monotonic() + _END_S
     while lock_holder(lock) == holder and time.monotonic() < deadline:
         time.sleep(0.2)
     if lock_holder(lock) == holder:
-        return f"; `consilium client up`, process {holder}, does not end: kill -9 {holder}"
-    return "; `consilium client up` was ended"
+        return f"; `consilium client {command}`, process {holder}, does not end: kill -9 {holder}"
+    return f"; `consilium client {command}` was ended"

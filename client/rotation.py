@@ -22,6 +22,8 @@ from common.membership import seal_rotation
 from common.signing import SigningKey, load_or_generate
 
 ROTATION_FILE = "rotation.json"
+# What answers tasks, by command, and the lock in state/ that it holds meanwhile.
+RUNNING_LOCKS = {"up": "up.lock", "agent": "agent.lock"}
 
 
 def rotate(config: SiteConfig) -> Path:
@@ -62,11 +64,13 @@ def finish_rotation(config: SiteConfig, bundle: Bundle) -> None:
             f"this bundle answers key {bundle.signing_key[:16]}... of {bundle.site!r}, and the new key of "
             f"{config.site.name!r} is {new.public_hex[:16]}...; ask for the bundle that answers rotation.json"
         )
-    holder = lock_holder(config.folder / "state" / "up.lock")
-    if holder is not None:
-        raise ConfigError(
-            f"process {holder} is `consilium client up` with the old keys; end it first: kill {holder}"
-        )
+    for command, lock in RUNNING_LOCKS.items():
+        holder = lock_holder(config.folder / "state" / lock)
+        if holder is not None:
+            raise ConfigError(
+                f"process {holder} is `consilium client {command}` with the old keys; end it first: kill "
+                f"{holder}"
+            )
     _change_log_key(config, new)
     node, node_public = config.node_key_path, config.node_key_path.with_suffix(".pub")
     enrolment = _enrolment(config, new)

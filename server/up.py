@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.flower_process import find_command, http_answers
@@ -14,6 +15,7 @@ from server.coordinator import Coordinator
 from server.keeper import Keeper
 from server.launch import LAUNCH_VARIABLE
 from server.membership import strike_revoked
+from server.superlink_tidy import tidy_apart
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ def run_coordinator(coordinator: Coordinator) -> None:
     ) as guard:
         # Before anybody listens: who was revoked meanwhile is not let in for a moment.
         strike_revoked(coordinator)
+        tidy_apart(coordinator.superlink_database, environment=_own_code(coordinator, guard.mark))
         control = coordinator.control(mark=guard.mark)
         control.connect(coordinator.local_address, root_certificates=coordinator.ca)
         supervisor = Supervisor(
@@ -50,6 +53,13 @@ def run_coordinator(coordinator: Coordinator) -> None:
             keeper.stop()
 
 
+def _own_code(coordinator: Coordinator, mark: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process that runs this very code."""
+    environment = coordinator.environment()
+    search = [str(_PROJECT), environment.get("PYTHONPATH", "")]
+    return {**environment, **mark, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+
+
 def probed_host(coordinator: Coordinator) -> str:
     """Return the host at which the SuperLink is asked whether it lives."""
     return _ANY_HOST.get(coordinator.bind.host, coordinator.bind.host)
@@ -59,7 +69,6 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
     """Return the processes that a coordinator consists of, in the order of their start."""
     home, bind = coordinator.flower_home, coordinator.bind
     environment = coordinator.environment()
-    search = [str(_PROJECT), environment.get("PYTHONPATH", "")]
     superlink = (
         *(sys.executable, "-m", "server.superlink", "--ssl-ca-certfile", str(coordinator.ca)),
         *("--ssl-certfile", str(coordinator.certificate)),
@@ -84,7 +93,7 @@ def coordinator_processes(coordinator: Coordinator) -> list[ChildSpec]:
         ChildSpec(
             name="superlink",
             command=superlink,
-            environment={**environment, "PYTHONPATH": os.pathsep.join(filter(None, search))},
+            environment=_own_code(coordinator, {}),
             log_file=home / "superlink.log",
             cwd=home,
             probe=lambda: http_answers(host, bind.port, tls=True),

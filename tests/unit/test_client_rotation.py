@@ -132,11 +132,12 @@ def test_only_the_answer_of_a_coordinator_of_this_site_to_these_keys_is_taken(
     assert _files(site) == before
 
 
-def test_keys_are_not_exchanged_under_a_site_that_runs(site: SiteConfig) -> None:
+@pytest.mark.parametrize("command", ["up", "agent"])
+def test_keys_are_not_exchanged_under_a_site_that_runs(site: SiteConfig, command: str) -> None:
     bundle = _bundle(open_rotation(rotate(site).read_bytes()).opened().signing_key)
     with (
-        hold_lock(site.folder / "state" / "up.lock"),
-        pytest.raises(ConfigError, match=f"process {os.getpid()} is `consilium client up`"),
+        hold_lock(site.folder / "state" / f"{command}.lock"),
+        pytest.raises(ConfigError, match=f"process {os.getpid()} is `consilium client {command}`"),
     ):
         finish_rotation(site, bundle)
 

@@ -97,21 +97,21 @@ def test_a_damaged_list_refuses_everybody(hospital: Hospital) -> None:
     assert _describe(hospital).error_code == "config"
 
 
-def test_the_command_ends_what_runs_and_says_what_stays(hospital: Hospital) -> None:
-    lock = hospital.folder / "state" / "up.lock"
+@pytest.mark.parametrize("command", ["up", "agent"])
+def test_the_command_ends_what_runs_and_says_what_stays(hospital: Hospital, command: str) -> None:
+    lock = hospital.folder / "state" / f"{command}.lock"
     lock.parent.mkdir(exist_ok=True)
     code = (
         "import sys, time; from pathlib import Path; from common.locks import hold_lock\n"
         "with hold_lock(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)\n"
     )
-    command = [sys.executable, "-c", code, str(lock)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as up:
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE) as up:
         assert up.stdout is not None
         up.stdout.readline()
         done = CliRunner().invoke(app, ["withdraw", "--site", str(hospital.folder), "--yes"])
         assert up.wait(timeout=5) == -15
     assert lock_holder(lock) is None
     said = " ".join(done.output.split())
-    assert "`consilium client up` was ended" in said
+    assert f"`consilium client {command}` was ended" in said
     assert "consilium server revoke SITE DIR --withdrawal FILE" in said
     assert "stays in their adapters" in said

@@ -61,7 +61,14 @@ def test_every_command_on_the_page_exists_with_its_options() -> None:
     groups = {"client": client.cli.app, "server": server.cli.app}
     commands = _commands()
 
-    assert {name for _, name, _ in commands} == {"dry-run", "approve", "ledger", "log", "receipt"}
+    assert {name for _, name, _ in commands} == {
+        "dry-run",
+        "approve",
+        "ledger",
+        "log",
+        "receipt",
+        "withdraw",
+    }
     for group, name, options in commands:
         command = typer.main.get_command(groups[group]).commands[name]  # type: ignore[attr-defined]
         known = {option for parameter in command.params for option in parameter.opts}
