@@ -20,9 +20,10 @@ NUM_PATIENTS = 20
 
 def make_ready_site(folder: Path, model_dir: Path, *, address: str = "127.0.0.1:1") -> SiteConfig:
     """Write a site named north: 40 records of 20 patients, the model "tiny", on the CPU."""
-    init_site(folder, name="north", declared_size=20, unit="patient", patient_id="who")
+    made = init_site(folder, name="north", declared_size=20, unit="patient", patient_id="who")
     authority = make_authority("Coordinator CA").certificate.decode()
-    join(folder, Bundle("north", address, authority, SigningKey.generate().public_hex))
+    coordinator = SigningKey.generate().public_hex
+    join(folder, Bundle("north", address, authority, coordinator, made.signing_key))
     lines = [
         json.dumps({"instruction": f"What of {i}?", "output": "Well.", "who": i % NUM_PATIENTS})
         for i in range(2 * NUM_PATIENTS)

@@ -44,9 +44,13 @@ def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> SiteConfig:
-    init_site(tmp_path / "north", name="north", declared_size=100, unit="record")
+    made = init_site(tmp_path / "north", name="north", declared_size=100, unit="record")
     bundle = Bundle(
-        "north", "127.0.0.1:1", AUTHORITY.certificate.decode(), SigningKey.generate().public_hex
+        "north",
+        "127.0.0.1:1",
+        AUTHORITY.certificate.decode(),
+        SigningKey.generate().public_hex,
+        made.signing_key,
     )
     return join(tmp_path / "north", bundle)
 
