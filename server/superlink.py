@@ -5,7 +5,7 @@
 Flower 1.41 serves them on the very port that hospitals connect to, and asks nobody who he is: whoever
 reached that port could register a node, or submit a bundle of his own, which would run here and at the
 hospitals. From elsewhere only what a SuperNode needs is answered (/v1/fleet/, where Flower authenticates
-nodes by their keys) and /health.
+nodes by their keys) and /health; how much of it is read is server/body_cap.py's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.body_cap import FLEET, BodyCap
+
 logger = logging.getLogger(__name__)
 
-_FOR_EVERYBODY = "/v1/fleet/"
 _HEALTH = "/health"
+# What a proxy adds, and none of this machine's own commands.
+_FORWARDED = (b"x-forwarded-for", b"forwarded")
 
 
 class LocalControl:
@@ -45,12 +48,14 @@ class LocalControl:
 def may_pass(scope: Scope) -> bool:
     """Whether a request is for everybody, or from this machine.
 
-    A connection to one's own address comes from that same address. Behind a proxy on this machine, uvicorn
-    has put the address of who is behind it in the proxy's place, if the proxy says it.
+    A connection to one's own address comes from that same address. What a proxy on this machine hands on is
+    not from this machine, whatever address it names: uvicorn would believe it, and anybody can write one.
     """
     path = scope["path"]
-    if path == _HEALTH or path.startswith(_FOR_EVERYBODY):
+    if path == _HEALTH or path.startswith(FLEET):
         return True
+    if any(name in _FORWARDED for name, _ in scope["headers"]):
+        return False
     client: Any = scope.get("client")
     server: Any = scope.get("server")
     if client is None:
@@ -67,7 +72,11 @@ def main() -> None:
     """Run Flower's SuperLink with this process's arguments."""
     others = extensions.get_middleware
     # Outermost: what is refused is not even read.
-    extensions.get_middleware = lambda: (Middleware(LocalControl), *others())
+    extensions.get_middleware = lambda: (
+        Middleware(LocalControl),
+        Middleware(BodyCap),
+        *others(),
+    )
     flower_superlink()
 
 

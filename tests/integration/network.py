@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-COORDINATOR, HOSPITAL = "10.213.7.1", "10.213.7.2"
+# Tests run beside each other, each process with a network of its own.
+_NUMBER = os.getpid() % 250
+COORDINATOR, HOSPITAL = f"10.213.{_NUMBER}.1", f"10.213.{_NUMBER}.2"
 
 
 def ip(*arguments: str) -> None:
@@ -18,7 +21,7 @@ def ip(*arguments: str) -> None:
 @contextmanager
 def hospital_network() -> Iterator[str]:
     """Give the name of a namespace that one cable joins to this one; skip without the right to make it."""
-    name, here, there = "consilium-hosp", "csl-here", "csl-there"
+    name, here, there = f"csl-{_NUMBER}-hosp", f"csl-{_NUMBER}-here", f"csl-{_NUMBER}-there"
     try:
         ip("netns", "add", name)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -14,12 +14,13 @@ from server.superlink import LocalControl, may_pass
 FLEET, CONTROL, RUNTIME = "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/get-run"
 
 
-def _scope(path: str, client: str | None, server: str = "10.0.0.7") -> dict[str, Any]:
+def _scope(path: str, client: str | None, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
     return {
         "type": "http",
         "path": path,
+        "headers": list(headers),
         "client": None if client is None else (client, 40000),
-        "server": (server, 8000),
+        "server": ("10.0.0.7", 8000),
     }
 
 
@@ -42,6 +43,15 @@ def test_all_else_is_for_this_machine_alone(path: str) -> None:
     assert may_pass(_scope(path, "::1"))
     # Its own address from outside, connected to from inside.
     assert may_pass(_scope(path, "10.0.0.7"))
+
+
+@pytest.mark.parametrize("header", [b"x-forwarded-for", b"forwarded"])
+def test_what_a_proxy_hands_on_is_not_from_this_machine(header: bytes) -> None:
+    """Neither from the proxy's own address, nor from one that the caller made up."""
+    forwarded = (header, b"127.0.0.1")
+    assert not may_pass(_scope(CONTROL, "127.0.0.1", forwarded))
+    assert not may_pass(_scope(CONTROL, "10.0.0.7", forwarded))
+    assert may_pass(_scope(FLEET, "127.0.0.1", forwarded))
 
 
 @pytest.mark.parametrize(("client", "status"), [("10.0.0.9", 403), ("127.0.0.1", 200)])
