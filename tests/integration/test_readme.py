@@ -34,7 +34,7 @@ def _commands() -> list[tuple[str, str]]:
     return found
 
 
-def _shape(output: str) -> list[str]:
+def shape(output: str) -> list[str]:
     """Output without what may differ: digits, signs, spaces, bars, table borders."""
     lines = []
     for line in output.splitlines():
@@ -79,7 +79,7 @@ def test_the_first_run_on_ones_own_data_is_as_the_readme_says(folder: Path) -> N
     commands = [pair for pair in _commands() if "demo" not in pair[0]]
     assert len(commands) >= 2
     for command, expected in commands:
-        assert _shape(_run(command, folder)) == _shape(expected), command
+        assert shape(_run(command, folder)) == shape(expected), command
 
 
 def test_the_demo_is_as_the_readme_says_and_keeps_its_promise(folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_demo_is_as_the_readme_says_and_keeps_its_promise(folder: Path) -> N
 
     output = _run(command, folder)
 
-    assert _shape(output) == _shape(expected)
+    assert shape(output) == shape(expected)
     with (folder / "runs" / "demo" / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
     loss = {row["name"]: float(row["loss"]) for row in rows}
