@@ -79,6 +79,7 @@ exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
 _ENTRY = """\
 #!/bin/sh
 export PYTHONPATH=/opt/consilium/src:/opt/consilium/packages PATH=/opt/consilium/bin:/usr/bin:/bin
+export LD_LIBRARY_PATH=/opt/python/lib OMP_NUM_THREADS=1
 exec /opt/python/bin/python3 -c 'import sys
 from importlib.metadata import entry_points
 sys.argv[0] = "{name}"
