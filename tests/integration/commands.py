@@ -112,7 +112,8 @@ class Commands:
     def __init__(self, federation: Federation) -> None:
         self.federation = federation
         self.ups: dict[str, subprocess.Popen[bytes]] = {}
-        # By who is kept up: what stands before the command, to run it in a network of its own.
+        # By who is kept up, "" for all that people give beside: what stands before the command, to run it
+        # in a network of its own, or watched.
         self.prefix: dict[str, list[str]] = {}
         self._stack = ExitStack()
 
@@ -171,7 +172,7 @@ class Commands:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `consilium ARGUMENTS`, its output in a pipe."""
         return subprocess.Popen(
-            [CONSILIUM, *arguments],
+            [*self.prefix.get("", []), CONSILIUM, *arguments],
             env=self._environment,
             cwd=self.federation.folder,
             stdin=subprocess.DEVNULL,
