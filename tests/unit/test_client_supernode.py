@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from client import supernode, up
+from client import node, supernode
 
 ROOT = Path(__file__).parents[2]
 # Flower's own exit and, as in a SuperNode, an HTTP thread that would keep the process alive.
@@ -69,4 +69,4 @@ def test_any_other_end_keeps_its_code(code: int) -> None:
 
 
 def test_who_waits_for_the_superlink_waits_for_this_code() -> None:
-    assert up._CONNECTION_REFUSED == supernode.CONNECTION_REFUSED
+    assert node._CONNECTION_REFUSED == supernode.CONNECTION_REFUSED

@@ -413,6 +413,6 @@ def _hospital(folder: Path, model_dir: Path, *, suffix: str) -> Hospital:
 def _answer(hospital: Hospital, everywhere: Everywhere) -> str:
     task = hospital.task()
     envelope = hospital.open().answer(hospital.seal(task))
-    everywhere.add("reply", envelope.payload + envelope.signature + envelope.adapter)
+    everywhere.add("reply", envelope.payload + envelope.signature + bytes(envelope.adapter))
     public = SigningKey.load(hospital.folder / "keys" / "signing.pem").public_hex
     return open_reply(envelope, task=task, site="north", public_hex=public).error_code
