@@ -23,7 +23,7 @@ from common.audit_log import AuditEntry, read_audit_log
 from common.canonical import from_canonical
 from common.errors import AuditError
 from common.locks import lock_holder
-from common.supervisor_state import ChildState, read_supervisor_state
+from common.supervisor_state import ProcessStatus, process_statuses, read_supervisor_state
 from common.supervisor_table import in_words, process_table
 
 # What the log says of tasks.
@@ -71,7 +71,7 @@ class SiteStatus:
     coordinator: str
     time: float
     up: int | None
-    processes: tuple[ChildState, ...]
+    processes: tuple[ProcessStatus, ...]
     agent: AgentReport | None
     last_task: TaskReport | None
     waiting: int
@@ -79,18 +79,14 @@ class SiteStatus:
 
     def as_json(self) -> dict[str, Any]:
         """Return it for another program to read."""
-        content = asdict(self)
-        for process, state in zip(content["processes"], self.processes, strict=True):
-            process["alive"] = state.is_alive()
-        return content
+        return asdict(self)
 
 
 def site_status(config: SiteConfig) -> SiteStatus:
     """Return what a hospital's side does now."""
     state = config.folder / "state"
     up = lock_holder(state / "up.lock")
-    supervised = read_supervisor_state(state / "up.json")
-    processes = supervised.children if supervised is not None else ()
+    processes = process_statuses(read_supervisor_state(state / "up.json"))
     agent = _agent(config)
     advice, last = [], None
     try:

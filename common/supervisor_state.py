@@ -64,6 +64,33 @@ class SupervisorState:
             temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """A supervised process. alive: by the system's word. since: Unix seconds, of the start or the end."""
+
+    name: str
+    alive: bool
+    pid: int
+    since: float
+    restarts: int
+    last_exit_code: int | None
+
+
+def process_statuses(state: SupervisorState | None) -> tuple[ProcessStatus, ...]:
+    """Return how a supervisor's children are now; none when there is no supervisor to ask."""
+    return tuple(
+        ProcessStatus(
+            child.name,
+            child.is_alive(),
+            child.pid,
+            child.since,
+            child.restarts,
+            child.last_exit_code,
+        )
+        for child in (state.children if state is not None else ())
+    )
+
+
 def read_supervisor_state(path: Path) -> SupervisorState | None:
     """Return what a supervisor last wrote; None when there is nothing usable."""
     try:

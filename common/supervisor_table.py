@@ -7,23 +7,22 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
-from common.supervisor_state import ChildState
+from common.supervisor_state import ProcessStatus
 
 
-def process_table(children: Iterable[ChildState], *, now_s: float) -> Table:
+def process_table(processes: Iterable[ProcessStatus], *, now_s: float) -> Table:
     """Return one row for each process. now_s: Unix seconds."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("process", "state", "since", "pid", "restarts", "last end"):
         table.add_column(name, justify="right" if name in ("pid", "restarts") else "left")
-    for child in children:
-        alive = child.is_alive()
+    for one in processes:
         table.add_row(
-            child.name,
-            Text("running", style="green") if alive else Text("down", style="red"),
-            f"{in_words(now_s - child.since)} ago",
-            str(child.pid) if alive else "-",
-            str(child.restarts),
-            _end(child.last_exit_code),
+            one.name,
+            Text("running", style="green") if one.alive else Text("down", style="red"),
+            f"{in_words(now_s - one.since)} ago",
+            str(one.pid) if one.alive else "-",
+            str(one.restarts),
+            _end(one.last_exit_code),
         )
     return table
 

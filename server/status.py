@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import ConfigError, ConsiliumError, EngineError
 from common.flower_process import http_answers
-from common.supervisor_state import read_supervisor_state
+from common.supervisor_state import ProcessStatus, process_statuses, read_supervisor_state
 from server.certificates import expires_at
 from server.coordinator import Coordinator
 from server.flower_control import NodeStatus
@@ -35,18 +35,6 @@ _REMEDIES = {
     "stopped": "let it go on with `consilium server run RUN.toml DIR --resume`",
     "gave-up": "mend what its message names, then `consilium server run RUN.toml DIR --resume`",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessStatus:
-    """A supervised process. alive: by the system's word. since: Unix seconds, of the start or the end."""
-
-    name: str
-    alive: bool
-    pid: int
-    since: float
-    restarts: int
-    last_exit_code: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +103,7 @@ class CoordinatorStatus:
 def coordinator_status(coordinator: Coordinator) -> CoordinatorStatus:
     """Look at everything once; it takes less than ten seconds, whatever does not answer."""
     up = coordinator.up_pid()
-    processes = _processes(coordinator)
+    processes = process_statuses(read_supervisor_state(coordinator.up_state))
     runs = AskedRuns(coordinator.launches).all()
     nodes = _nodes(coordinator, {**_sites_of_nodes(runs), **_enrolled_nodes(coordinator)})
     submissions = read_submissions(coordinator.keeper_state)
@@ -135,21 +123,6 @@ def coordinator_status(coordinator: Coordinator) -> CoordinatorStatus:
             *_advice(coordinator, up, processes, nodes, reports),
             *_certificate_advice(coordinator, until),
         ),
-    )
-
-
-def _processes(coordinator: Coordinator) -> tuple[ProcessStatus, ...]:
-    state = read_supervisor_state(coordinator.up_state)
-    return tuple(
-        ProcessStatus(
-            name=child.name,
-            alive=child.is_alive(),
-            pid=child.pid,
-            since=child.since,
-            restarts=child.restarts,
-            last_exit_code=child.last_exit_code,
-        )
-        for child in (state.children if state else ())
     )
 
 

@@ -8,15 +8,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.supervisor_table import in_words, process_table
 from server.run_place import Refusals
-from server.status import CoordinatorStatus, NodeReport, ProcessStatus, RunReport
+from server.status import CoordinatorStatus, NodeReport, RunReport
 
 
 def status_tables(status: CoordinatorStatus) -> Iterator[RenderableType]:
     """Give one table after the other, then what is wrong, line by line."""
     up = f"up, process {status.up}" if status.up is not None else "down"
     yield Text(f"{status.folder}: {up}", style="bold")
-    yield _process_table(status)
+    yield process_table(status.processes, now_s=status.time)
     if status.nodes is None:
         yield Text("Nodes: unknown, the SuperLink does not answer")
     elif status.nodes:
@@ -31,36 +32,12 @@ def status_tables(status: CoordinatorStatus) -> Iterator[RenderableType]:
         yield Text(f"! {sentence}", style="yellow", overflow="fold")
 
 
-def _process_table(status: CoordinatorStatus) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("process", "state", "since", "pid", "restarts", "last end"):
-        table.add_column(name, justify="right" if name in ("pid", "restarts") else "left")
-    for one in status.processes:
-        table.add_row(
-            one.name,
-            Text("running", style="green") if one.alive else Text("down", style="red"),
-            _ago(status.time - one.since),
-            str(one.pid) if one.alive else "-",
-            str(one.restarts),
-            _end(one),
-        )
-    return table
-
-
-def _end(one: ProcessStatus) -> str:
-    if one.last_exit_code is None:
-        return "-"
-    if one.last_exit_code < 0:
-        return f"signal {-one.last_exit_code}"
-    return f"exit code {one.last_exit_code}"
-
-
 def _node_table(nodes: tuple[NodeReport, ...]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("site", "node", "state", "last heard"):
         table.add_column(name)
     for node in nodes:
-        heard = f"now, online for {_span(node.online_s)}" if node.online else node.offline_at
+        heard = f"now, online for {in_words(node.online_s)}" if node.online else node.offline_at
         table.add_row(
             node.site or "not known yet",
             node.node,
@@ -109,17 +86,3 @@ def _refusals(site: str, refusals: Refusals, *, now: str | None) -> str:
     if now is not None:
         return f"{site}: {now} ({times} in this run)"
     return f"{site}: not now; {times} in this run, last {refusals.reason}, {place}"
-
-
-def _ago(seconds: float) -> str:
-    return f"{_span(max(0.0, seconds))} ago"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.0f} h"
-    return f"{seconds / 86400:.0f} days"
