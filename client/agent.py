@@ -46,7 +46,7 @@ from client.spool import spooled
 from client.turn import Caller
 from common.errors import BusyError, ConsiliumError, DiskError, EngineError
 from common.locks import LockHeldError, hold_lock
-from common.records import Envelope, Task
+from common.records import Envelope, Task, error_code
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ class Agent:
     def answer(self, pieces: Iterator[Piece], context: grpc.ServicerContext) -> Iterator[Piece]:
         """Bring a signed task to the site and its signed reply back.
 
-        Aborts with RESOURCE_EXHAUSTED when another task is trained, UNAVAILABLE while the agent
-        ends or the disk cannot take the adapter, FAILED_PRECONDITION for another version of the protocol,
+        Aborts with RESOURCE_EXHAUSTED when another task is trained, UNAVAILABLE while the agent ends, ABORTED
+        when the disk cannot take the adapter, FAILED_PRECONDITION for another version of the protocol,
         INVALID_ARGUMENT for what no believed coordinator signed. It says no more than a code: a relay may
         tell the coordinator.
         """
@@ -167,15 +167,13 @@ class Agent:
                 reply = self._answer(envelope, gone)
         except BusyError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.code)
-        except DiskError as error:
-            logger.error("%s", error)
-            context.abort(grpc.StatusCode.UNAVAILABLE, error.code)
-        except ConsiliumError as error:
-            logger.error("no answer: %s", error)
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.code)
         except Exception as error:
-            logger.error("no answer: %s", type(error).__name__)
-            context.abort(grpc.StatusCode.INTERNAL, "internal")
+            known = isinstance(error, ConsiliumError)
+            logger.error("no answer: %s", error if known else type(error).__name__)
+            code = error_code(error)
+            full = code == DiskError.code
+            status = grpc.StatusCode.ABORTED if full else grpc.StatusCode.INVALID_ARGUMENT
+            context.abort(status, code)
         if self._stopping.is_set():
             # What was cut short by that is no answer: it begins anew when it is asked again.
             context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")

@@ -22,7 +22,7 @@ from client.agent_wire import (
     take_opening,
 )
 from common.canonical import from_canonical
-from common.errors import BusyError, EngineError, ProtocolError
+from common.errors import BusyError, DiskError, EngineError, ProtocolError
 from common.records import Envelope
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def ask_agent(socket: Path, envelope: Envelope, *, away_s: float = _AWAY_S) -> E
 
     Waits for an agent that is away, `away_s` at most, and for one that trains another task, until this one
     expires. Raises EngineError when none is there in time, BusyError when its turn did not come,
-    ProtocolError when the two do not understand each other or the agent took the task for nobody's.
+    DiskError when its disk is full, ProtocolError when the two do not understand each other or the agent
+    took the task for nobody's.
     """
     away_since: float | None = None
     expires_at = _expires_at(envelope)
@@ -63,6 +64,8 @@ def ask_agent(socket: Path, envelope: Envelope, *, away_s: float = _AWAY_S) -> E
                     "`consilium client agent`"
                 )
             time.sleep(_AWAY_PAUSE_S)
+        elif code == grpc.StatusCode.ABORTED:
+            raise DiskError(f"the disk of the agent at {socket} is full; see its log")
         else:
             raise ProtocolError(f"the agent did not answer: {code.name}, {details}")
 

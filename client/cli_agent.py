@@ -85,6 +85,9 @@ def cancel(site: SiteDir = Path()) -> None:
     stopped = cancel_task(load_site_config(site).control_socket_path)
     where = site / "state" / "audit.jsonl"
     said = (
-        f"Stopping at the next step; it will stand in {where}" if stopped else "Nothing is trained"
+        f"Stopping at the next step; it will stand in {where}. The coordinator may ask again; to shut the "
+        "run out: consilium client approve RUN --decline"
+        if stopped
+        else "Nothing is trained"
     )
     console.print(said, soft_wrap=True)

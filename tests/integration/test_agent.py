@@ -22,10 +22,11 @@ from client.agent_pb2 import AgentStatus, StatusRequest
 from client.agent_stub import ask_agent
 from client.ledger import Ledger
 from common.audit_log import read_audit_log
-from common.errors import BusyError, EngineError, ProtocolError
+from common.errors import BusyError, DiskError, EngineError, ProtocolError
 from common.records import Envelope, Reply, Task, open_reply
 from common.signing import SigningKey
 from tests.bench.agent_memory import measure
+from tests.chaos.disks import full, small_disk
 from tests.integration.agents import PROJECT, AgentProcess, running_agent, wait_until
 from tests.unit.hospital import Hospital, make_hospital
 
@@ -324,6 +325,17 @@ def test_a_second_agent_of_a_folder_is_refused(idle: AgentProcess, idle_hospital
     )
     assert second.returncode == EngineError.exit_code
     assert f"process {idle.process.pid} is the agent of" in second.stderr
+
+
+def test_a_full_disk_is_said_and_the_task_goes_on_once_there_is_space(hospital: Hospital) -> None:
+    task, state = hospital.task(), hospital.folder / "state"
+    hospital.open()
+    with small_disk(state), running_agent(hospital.folder) as agent:
+        with full(state, leave_bytes=0), pytest.raises(DiskError, match="disk of the agent"):
+            ask_agent(agent.config.socket_path, hospital.seal(task))
+        assert _states(hospital) == []
+        answer = ask_agent(agent.config.socket_path, hospital.seal(task))
+        assert _opened(answer, task, hospital).error_code == ""
 
 
 def test_a_folder_deeper_than_a_sockets_path_may_be_is_no_trouble(
