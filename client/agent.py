@@ -57,6 +57,10 @@ _GRACE_S = 5.0
 _SOCKET_MODE, _CONTROL_MODE = 0o660, 0o600
 
 
+# Whoever does not wait behind another task.
+_TO_BE_TOLD = Caller(waits=False)
+
+
 @dataclass(slots=True)
 class _Work:
     """What is trained now, as the status tells it."""
@@ -158,6 +162,8 @@ class Agent:
     ) -> Envelope:
         state = self._site.config.folder / "state"
         try:
+            # Before its adapter: nothing of nobody's is written down, and who is told to wait need not send it.
+            self._site.admit(Envelope(opening.payload, opening.signature), caller=_TO_BE_TOLD)
             with spooled(
                 state,
                 size_bytes=opening.adapter_bytes,

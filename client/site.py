@@ -142,20 +142,7 @@ class Site:
         when another task is trained and the caller does not wait for it.
         """
         now_s = time.time() if now_s is None else now_s
-        try:
-            signer = verify_any(
-                envelope.payload,
-                envelope.signature,
-                domain=TASK_DOMAIN,
-                public_keys=self.config.coordinator.public_keys,
-            )
-            task = open_task(envelope, public_keys=(signer,), site=self.config.site.name)
-        except (SignatureError, ProtocolError) as error:
-            received = hashlib.sha256(envelope.payload).hexdigest()
-            self.audit.append("refused", task_sha256=received, code=error.code, why=in_words(error))
-            raise
-        if task.kind == "train":
-            self._turn.require_free(task, caller)
+        task, signer = self.admit(envelope, caller=caller)
         try:
             check_not_expired(task, now_s=now_s)
             # From here on by a clock that nobody sets.
@@ -174,6 +161,28 @@ class Site:
                     "and the task goes on when it is asked again"
                 )
             return self._replies.refuse(task, error)
+
+    def admit(self, envelope: Envelope, *, caller: Caller = PATIENT) -> tuple[Task, str]:
+        """Return a task and the key that signed it, of a coordinator that this site believes.
+
+        It needs no adapter: whoever sends one may be asked for it afterwards.
+        Raises SignatureError or ProtocolError for any other task, BusyError as `answer` does.
+        """
+        try:
+            signer = verify_any(
+                envelope.payload,
+                envelope.signature,
+                domain=TASK_DOMAIN,
+                public_keys=self.config.coordinator.public_keys,
+            )
+            task = open_task(envelope, public_keys=(signer,), site=self.config.site.name)
+        except (SignatureError, ProtocolError) as error:
+            received = hashlib.sha256(envelope.payload).hexdigest()
+            self.audit.append("refused", task_sha256=received, code=error.code, why=in_words(error))
+            raise
+        if task.kind == "train":
+            self._turn.require_free(task, caller)
+        return task, signer
 
     def dry_run(self, run: RunConfig, *, on_step: Callable[[int], None]) -> DryRun:
         """Return what one task of a run would give: nothing is sent or charged, and no result kept.
