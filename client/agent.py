@@ -162,7 +162,7 @@ class Agent:
     ) -> Envelope:
         state = self._site.config.folder / "state"
         try:
-            # Before its adapter: nothing of nobody's is written down, and who is told to wait need not send it.
+            # Before its adapter: nothing of nobody's is written down, and who must wait need not send it.
             self._site.admit(Envelope(opening.payload, opening.signature), caller=_TO_BE_TOLD)
             with spooled(
                 state,

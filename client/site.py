@@ -13,60 +13,44 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from client.approvals import Approvals
 from client.cost import RunCost, Speeds
-from client.egress import CheckedAdapter, check_adapter
 from client.examples import LocalExamples
 from client.gate import Gate
-from client.ledger import Ledger, LedgerRow, Settlement
+from client.ledger import Ledger, Settlement
 from client.noise import Entropy
-from client.outbox import Outbox, Outcome
-from client.plan import TaskPlan, plan_task
+from client.one_output import OneOutput, privacy_row
+from client.outbox import Outbox
+from client.plan import plan_task
 from client.policy import check_run_uid, check_task
-from client.replies import FailedTaskError, Replies, in_words
+from client.replies import Replies, in_words
 from client.sent import Manifest, Manifests, manifest_of
 from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
-from client.training import Workbench, open_adapter
+from client.training import Workbench
 from client.turn import PATIENT, Caller, Turn
-from common.adapter import AdapterState
 from common.audit_log import AuditLog
 from common.config import RunConfig
 from common.errors import (
-    BudgetError,
-    CancelledError,
-    DataError,
     DiskError,
-    ExpiredError,
-    ModelError,
-    OvertakenError,
     ProtocolError,
     SignatureError,
 )
-from common.files import Buffer, is_disk_full
-from common.privacy import compose_epsilon
+from common.files import is_disk_full
 from common.receipts import Receipt, open_receipt
 from common.records import (
     Envelope,
-    PrivacyRow,
     SiteHeads,
     Task,
     check_not_expired,
-    error_code,
     open_task,
 )
 from common.signing import TASK_DOMAIN, SigningKey, verify_any
-
-# For the lines and entries that a task adds to the site's own files.
-_SPARE_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +65,6 @@ class DryRun:
     manifest: Manifest
     cost: RunCost
     local: LocalExamples
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """What a training task's reply carries."""
-
-    adapter: CheckedAdapter
-    numbers: Mapping[str, float]
-    privacy: PrivacyRow
 
 
 class Site:
@@ -113,7 +88,6 @@ class Site:
         self._replies = Replies(
             config, key, ledger=self.ledger, audit=self.audit, manifests=self.manifests
         )
-        self._outbox = Outbox(state / "outbox")
         self._turn = Turn(state)
         speeds = Speeds(state / "speed.json")
         self._workbench = Workbench(config, speeds=speeds, entropy=entropy)
@@ -123,6 +97,15 @@ class Site:
             audit=self.audit,
             approvals=self.approvals,
             speeds=speeds,
+        )
+        self._one_output = OneOutput(
+            config,
+            gate=self._gate,
+            ledger=self.ledger,
+            audit=self.audit,
+            outbox=Outbox(state / "outbox"),
+            turn=self._turn,
+            workbench=self._workbench,
         )
 
     @classmethod
@@ -150,7 +133,9 @@ class Site:
             check_run_uid(task.run_uid)
             if task.kind == "describe":
                 return self._replies.seal(task, self._describe(task, signer))
-            trained = self._train(task, envelope.adapter, signer, ends_s=ends_s, caller=caller)
+            trained = self._one_output.of(
+                task, envelope.adapter, signer, ends_s=ends_s, caller=caller
+            )
             return self._replies.seal(
                 task, trained.numbers, adapter=trained.adapter, privacy=trained.privacy
             )
@@ -205,7 +190,7 @@ class Site:
         plan = plan_task(task, checked, site=self.config, ledger=self.ledger)
         cost = self._gate.cost(plan, base_digest=digest)
         trained = self._workbench.train(task, checked, plan.dp, incoming=None, on_step=on_step)
-        privacy = _privacy_row(plan, rows=[plan.charge])
+        privacy = privacy_row(plan, rows=[plan.charge])
         manifest = manifest_of(trained.adapter, numbers=trained.numbers, privacy=privacy)
         return DryRun(manifest, cost, trained.local)
 
@@ -270,139 +255,3 @@ class Site:
         self._gate.consider(task, signer=signer)
         config = self.config
         return {"declared-size": config.data.declared_size, "max-rank": config.policy.max_rank}
-
-    def _train(
-        self, task: Task, incoming: Buffer, signer: str, *, ends_s: float, caller: Caller
-    ) -> _Trained:
-        plan = self._gate.consider(task, signer=signer)
-        self._record_task(task)
-        # Before the charge: what cannot be trained from must not cost the hospital anything.
-        shape = self._gate.planned(plan, base_digest=task.base_digest).shape
-        open_incoming = partial(open_adapter, incoming, shape=shape, digest=task.adapter_digest)
-        adapter = None if self._outbox.holds(task.task_id) else open_incoming()
-        self._check_space(task, adapter_bytes=len(incoming))
-        with self._turn.take(task, ends_s=ends_s, caller=caller) as on_step:
-            # Again: while it waited, the hospital may have declined, or another task taken the last steps.
-            plan = self._gate.consider(task, signer=signer)
-            self._gate.charge(plan)
-            self._settle_overtaken(task)
-            row = self.ledger.find(task.task_id)
-            outcome = self._outbox.find(task.task_id)
-            if outcome is None:
-                _check_not_answered(row)
-                self._record_training(task, plan)
-                outcome = self._train_once(task, plan, adapter or open_incoming(), on_step=on_step)
-            self.ledger.release(task.task_id)
-        if outcome.failure:
-            raise FailedTaskError(outcome.failure)
-        # The file may have been exchanged since it was written.
-        leaving = check_adapter(
-            outcome.adapter, shape=shape, max_norm=self.config.policy.max_adapter_norm
-        )
-        privacy = _privacy_row(plan, rows=self._gate.own_rows(task.run_uid))
-        return _Trained(leaving, outcome.numbers, privacy)
-
-    def _check_space(self, task: Task, *, adapter_bytes: int) -> None:
-        """What cannot be written down afterwards need not be trained."""
-        if self._outbox.holds(task.task_id):
-            return
-        state = self.config.folder / "state"
-        needed, free = 3 * adapter_bytes + _SPARE_BYTES, shutil.disk_usage(state).free
-        if free < needed:
-            raise DiskError(
-                f"{state} has {free:,} bytes free, and this task needs {needed:,}; free some space, and the "
-                "task goes on when it is asked again"
-            )
-
-    def _settle_overtaken(self, task: Task) -> None:
-        """Close what earlier rounds of this run were charged for and never answered: nobody asks for it."""
-        for row in self._gate.own_rows(task.run_uid):
-            if row.state == "reserved" and row.server_round < task.server_round:
-                self.audit.append(
-                    "overtaken", task_id=row.task_id, run=row.run_uid, round=row.server_round
-                )
-                self._outbox.store(row.task_id, Outcome(b"", {}, failure=OvertakenError.code))
-                self.ledger.release(row.task_id)
-
-    def _train_once(
-        self,
-        task: Task,
-        plan: TaskPlan,
-        adapter: AdapterState,
-        *,
-        on_step: Callable[[int], None],
-    ) -> Outcome:
-        """Return what a task gave, on disk: an adapter, or that it failed.
-
-        That it failed is an answer too, which depends on records and noise: asked again, the task must not be
-        drawn afresh, or whoever asks often enough averages the noise away under one charge. Raises what
-        goes wrong before anything is drawn, and what says nothing of it: that time, turn or disk are gone.
-        """
-        try:
-            trained = self._workbench.train(
-                task, plan.run, plan.dp, incoming=adapter, on_step=on_step
-            )
-            outcome = Outcome(trained.adapter.data, trained.numbers)
-        except (
-            DataError, ModelError, SignatureError, ExpiredError, OvertakenError, CancelledError,
-        ):  # fmt: skip
-            raise
-        except Exception as error:
-            if is_disk_full(error):
-                raise
-            logger.error("task %s failed: %s", task.task_id[:12], in_words(error))
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.debug("where task %s failed:\n%s", task.task_id[:12], frames)
-            outcome = Outcome(b"", {}, failure=error_code(error))
-        return self._outbox.store(task.task_id, outcome)
-
-    def _record_task(self, task: Task) -> None:
-        self.audit.append(
-            "task",
-            task_sha256=task.sha256,
-            task_id=task.task_id,
-            run=task.run_uid,
-            round=task.server_round,
-            attempt=task.attempt,
-            coordinator_audit=asdict(task.audit_head),
-        )
-
-    def _record_training(self, task: Task, plan: TaskPlan) -> None:
-        """Every time that records are opened is on record, whatever becomes of it."""
-        charge = plan.charge
-        self.audit.append(
-            "training",
-            task_id=task.task_id,
-            run=task.run_uid,
-            round=task.server_round,
-            unit=charge.unit,
-            noise_multiplier=charge.steps.noise_multiplier,
-            sample_rate=charge.steps.sample_rate,
-            steps=charge.steps.steps,
-            ledger=asdict(self.ledger.head()),
-        )
-
-
-def _check_not_answered(row: LedgerRow | None) -> None:
-    if row is not None and row.state == "released":
-        raise BudgetError(
-            f"task {row.task_id[:12]} was answered, and its reply is gone from state/outbox; a second one "
-            "would cost a budget of its own. Restore the outbox from its backup"
-        )
-
-
-def _privacy_row(plan: TaskPlan, *, rows: Sequence[LedgerRow]) -> PrivacyRow:
-    """What some charges of a run cost by themselves, at the delta that the run asked for."""
-    privacy, dp = plan.run.privacy, plan.dp
-    return PrivacyRow(
-        unit=privacy.unit,
-        epsilon=compose_epsilon(
-            [row.steps for row in rows],
-            delta=privacy.target_delta,
-            accountant=privacy.accountant,
-        ),
-        delta=privacy.target_delta,
-        noise_multiplier=0.0 if dp is None else dp.noise_multiplier,
-        sample_rate=1.0 if dp is None else dp.sample_rate,
-        steps=sum(row.steps.steps for row in rows),
-    )

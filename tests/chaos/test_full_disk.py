@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from client.ledger import Ledger
+from client.one_output import OneOutput
 from client.site import Site
 from common.audit_log import verify_audit_log
 from common.errors import DiskError, QuorumError
@@ -95,7 +96,7 @@ def test_a_sites_disk_that_fills_up_in_the_middle_of_a_task_damages_nothing(
     state = begun / "simulation" / "sites" / name / "state"
     with small_disk(state):
         with monkeypatch.context() as patch:
-            patch.setattr(Site, "_check_space", lambda *args, **kwargs: None)
+            patch.setattr(OneOutput, "_check_space", lambda *args, **kwargs: None)
             with (
                 full(state, leave_bytes=leave_bytes),
                 pytest.raises(QuorumError, match=rf"{name}: (site-disk|unanswered).*--resume"),
