@@ -1,11 +1,12 @@
 """An outsider who holds the CA certificate alone starts nothing that a hospital executes on data.
 
-What he can do is said here too. From another machine: nothing but ask the Fleet API, which knows no node of
-his. From the coordinator's own machine, where the Control API asks nobody who he is: have code of his run as
-the user of `server up`, and at every hospital as the user of its SuperNode. The first could read the
-coordinator's signing key, so whoever gets that far is to be kept out by that machine, not by this project.
-The second sees nothing where deploy/ is followed, which gives agent and node a user each; here they share
-one, and what is shown is that the agent's socket, all that such a node has, gives him nothing.
+What he can do is said here too. From another machine, or as another user of the coordinator's
+(test_outside.py): nothing but ask the Fleet API, which knows no node of his. As the coordinator's own user,
+whom the Control API does not ask who he is: have code of his run as that user, and at every hospital as the
+user of its SuperNode. The first could read the signing key, so whoever gets that far is the coordinator. The
+second sees no record and no key where deploy/ is followed, which gives agent and node a user each
+(test_two_users.py); here they share one, and what is shown is that the agent's socket, all that such a node
+has, gives him nothing.
 """
 
 from __future__ import annotations

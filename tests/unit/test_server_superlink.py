@@ -1,14 +1,16 @@
-"""Who may ask what of the SuperLink: hospitals the Fleet API, this machine the rest."""
+"""Who may ask what of the SuperLink: hospitals the Fleet API, its own user on this machine the rest."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from typing import Any
 
 import flwr.superlink.main
 import pytest
 
+from server import superlink
 from server.superlink import LocalControl, may_pass
 
 FLEET, CONTROL, RUNTIME = "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/get-run"
@@ -22,6 +24,16 @@ def _scope(path: str, client: str | None, *headers: tuple[bytes, bytes]) -> dict
         "client": None if client is None else (client, 40000),
         "server": ("10.0.0.7", 8000),
     }
+
+
+@pytest.fixture(autouse=True)
+def caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks from this machine is this user; another test may say otherwise."""
+    _set_caller(monkeypatch, os.geteuid())
+
+
+def _set_caller(monkeypatch: pytest.MonkeyPatch, user: int | None) -> None:
+    monkeypatch.setattr(superlink, "calling_user", lambda client, server: user)
 
 
 @pytest.mark.parametrize("path", [FLEET, "/health"])
@@ -43,6 +55,19 @@ def test_all_else_is_for_this_machine_alone(path: str) -> None:
     assert may_pass(_scope(path, "::1"))
     # Its own address from outside, connected to from inside.
     assert may_pass(_scope(path, "10.0.0.7"))
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"), [(4711, True), (0, True), (4712, False), (None, False)]
+)
+def test_on_this_machine_it_is_for_its_own_user_and_root(
+    monkeypatch: pytest.MonkeyPatch, user: int | None, expected: bool
+) -> None:
+    monkeypatch.setattr(superlink.os, "geteuid", lambda: 4711)
+    _set_caller(monkeypatch, user)
+    assert may_pass(_scope(CONTROL, "127.0.0.1")) is expected
+    assert may_pass(_scope(CONTROL, "10.0.0.7")) is expected
+    assert may_pass(_scope(FLEET, "127.0.0.1"))
 
 
 @pytest.mark.parametrize("header", [b"x-forwarded-for", b"forwarded"])
