@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -275,10 +276,22 @@ def test_who_answers_in_another_hospitals_name_is_refused_and_changes_nothing(
     summary = json.loads((federation.folder / "spoofed" / "summary.json").read_text())
     assert [one["refused"] for one in summary["rounds"]] == 2 * [{OTHER: "signature"}]
     assert [one["replies"] for one in summary["rounds"]] == [2, 2]
+    lines = [
+        line
+        for line in read_audit_log(federation.coordinator / "audit.jsonl")
+        if line.fields.get("run") == summary["run"]
+    ]
+    believed = Counter(
+        (line.fields["site"], line.fields["kind"]) for line in lines if line.event == "reply"
+    )
+    assert believed == {
+        **{(site, "describe"): 1 for site in federation.sites},
+        **{(site, "train"): 2 for site in (TRUE, TAPPED)},
+    }
     refused = [
         (line.fields["round"], line.fields.get("site", "a node"), line.fields["reason"])
-        for line in read_audit_log(federation.coordinator / "audit.jsonl")
-        if line.event == "refused" and line.fields["run"] == summary["run"]
+        for line in lines
+        if line.event == "refused"
     ]
     assert refused == [
         (0, "a node", "signature"),
