@@ -25,8 +25,10 @@ from common.records import Envelope, Task, to_records
 logger = logging.getLogger(__name__)
 
 _MESSAGE_TYPES = {"describe": MessageType.QUERY, "train": MessageType.TRAIN}
-_POLL_S = 0.25
-_MAX_POLL_S = 2.0
+# The pause between two looks: a share of the time waited so far, so that a short round is not made longer by
+# it, nor the SuperLink kept busy in a long one.
+_POLL_S, _MAX_POLL_S = 0.2, 2.0
+_POLL_SHARE = 0.03
 # So long the others wait for one that takes its time to arrive.
 _FETCH_S = 1.0
 # A SuperNode takes a few seconds from its start to its first question: shorter gaps are none.
@@ -131,9 +133,10 @@ class Messenger:
         deadline_s: from now. stop_at: an earlier end (time.monotonic) that the caller may set while it
         waits. What is not answered then is given up: should it come later, `on_late` hears of it.
         """
-        deadline = time.monotonic() + deadline_s
+        began = time.monotonic()
+        deadline = began + deadline_s
         gone: set[int] = set()
-        look_at_s, pause_s = time.monotonic() + _LOOK_AT_NODES_S, _POLL_S
+        look_at_s = began + _LOOK_AT_NODES_S
         try:
             while self._waiting or self._awaited:
                 arrived = self._pull()
@@ -145,9 +148,9 @@ class Messenger:
                 if time.monotonic() >= look_at_s:
                     yield from self._returned(gone)
                     look_at_s = time.monotonic() + _LOOK_AT_NODES_S
-                pause_s = _POLL_S if arrived else min(pause_s * 1.5, _MAX_POLL_S)
                 if not arrived:
-                    time.sleep(max(0.0, min(pause_s, left_s)))
+                    pause_s = max(_POLL_S, _POLL_SHARE * (time.monotonic() - began))
+                    time.sleep(max(0.0, min(pause_s, _MAX_POLL_S, left_s)))
         finally:
             self._given_up.update(self._waiting)
             self._waiting.clear()
