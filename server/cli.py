@@ -52,6 +52,14 @@ def init(
     bind_host: Annotated[
         str, typer.Option(help='Listen on this instead; "0.0.0.0" is every interface.')
     ] = "",
+    bind_port: Annotated[
+        int,
+        typer.Option(
+            help="Listen on this port of loopback: an edge on this machine has HOST:PORT. 0: no edge.",
+            min=0,
+            max=65535,
+        ),
+    ] = 0,
     host: Annotated[
         list[str] | None,
         typer.Option(help="Another name or IP address of this coordinator; may be repeated."),
@@ -60,7 +68,9 @@ def init(
     """Make a coordinator's folder: certificate authority, certificate, keys, an empty roster."""
     from server.provisioning import init_coordinator
 
-    made = init_coordinator(folder, address=address, bind_host=bind_host, more_hosts=host or ())
+    made = init_coordinator(
+        folder, address=address, bind_host=bind_host, bind_port=bind_port, more_hosts=host or ()
+    )
     key = SigningKey.load(made.signing_key)
     console.print(
         f"Wrote {folder}: coordinator.toml, tls/, signing.pem, release.pem, superexec.secret, roster.json. "

@@ -26,19 +26,26 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def init_coordinator(
-    folder: Path, *, address: str, bind_host: str = "", more_hosts: Sequence[str] = ()
+    folder: Path,
+    *,
+    address: str,
+    bind_host: str = "",
+    bind_port: int = 0,
+    more_hosts: Sequence[str] = (),
 ) -> Coordinator:
     """Write a new coordinator's folder: CA, certificate, keys, secret, an empty roster.
 
-    address: HOST:PORT that hospitals connect to. bind_host: what the SuperLink listens on; "" is every
-    interface, or loopback alone where that is the address.
+    address: HOST:PORT that hospitals connect to. bind_port: the SuperLink's behind an edge, which has that
+    address; 0 is no edge. bind_host: what the SuperLink listens on; "" is loopback behind an edge or where
+    that is the address, and every interface otherwise.
     more_hosts: other names and IP addresses that the certificate is to be good for.
     Raises ConfigError when the folder holds a coordinator already; nothing is overwritten.
     """
     try:
-        host = parse_address(address).host
+        outside = parse_address(address)
     except ValueError as error:
         raise ConfigError(f"--address: {error}") from None
+    host = outside.host
     if (folder / COORDINATOR_FILE).exists() or (folder / "signing.pem").exists():
         raise ConfigError(
             f"{folder} holds a coordinator already, whose keys hospitals have pinned; choose another folder"
@@ -56,12 +63,15 @@ def init_coordinator(
     SigningKey.generate().save(folder / "release.pem")
     SigningKey.generate().save(folder / "signing.pem")
     Roster([]).save(folder / "roster.json")
-    settings = {"address": address}
-    if bind_host or host not in _LOCAL:
+    settings: dict[str, str | int] = {"address": address}
+    if bind_port:
+        # The edge is on this machine, and nobody else need reach what is behind it.
+        settings |= {"bind-host": bind_host or "127.0.0.1", "bind-port": bind_port}
+    elif bind_host or host not in _LOCAL:
         settings["bind-host"] = bind_host or "0.0.0.0"
-    if host not in _LOCAL:
+    if bind_port or host not in _LOCAL:
         # This machine's own processes need not go out and in again.
-        settings["local-address"] = f"127.0.0.1:{parse_address(address).port}"
+        settings["local-address"] = f"127.0.0.1:{bind_port or outside.port}"
     content = tomli_w.dumps({"server": settings})
     # Last: a folder without it is none, and may be made again.
     write_atomically(folder / COORDINATOR_FILE, content.encode(), mode=0o600)

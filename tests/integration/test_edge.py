@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from flwr.superlink.main import create_app
 from common.config import read_toml
 from common.flower_process import free_port
 from server.body_cap import ANYBODY_BYTES, FLEET
+from server.coordinator import COORDINATOR_FILE
+from server.provisioning import init_coordinator
 from tests.integration.commands import Commands, Federation, write_federation
 from tests.integration.edge import running_edge
 from tests.integration.network import COORDINATOR, hospital_network
@@ -104,15 +107,14 @@ def measured(processes: list[psutil.Process]) -> Iterator[Peak]:
 
 
 def put_behind_edge(federation: Federation, port: int) -> None:
-    """Write what a coordinator behind an edge has: outside is the edge's, inside is loopback."""
-    superlink = f"127.0.0.1:{federation.port}"
-    server = {"address": f"{COORDINATOR}:{port}", "bind-host": "127.0.0.1",
-              "bind-port": federation.port, "local-address": superlink}  # fmt: skip
-    (federation.coordinator / "coordinator.toml").write_text(tomli_w.dumps({"server": server}))
+    """Write what `server init --bind-port` does: outside is the edge's address, inside is loopback."""
+    address = f"{COORDINATOR}:{port}"
+    made = init_coordinator(federation.folder / "made", address=address, bind_port=federation.port)
+    shutil.copy(made.folder / COORDINATOR_FILE, federation.coordinator)
     for name in federation.sites:
         path = federation.site(name) / "site.toml"
         settings = read_toml(path)
-        settings["coordinator"]["address"] = f"{COORDINATOR}:{port}"
+        settings["coordinator"]["address"] = address
         path.write_text(tomli_w.dumps(settings))
 
 

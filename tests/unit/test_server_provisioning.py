@@ -55,6 +55,16 @@ def test_it_is_reached_from_outside_by_its_address_and_from_inside_by_loopback(
     assert len(coordinator.roster()) == 0
 
 
+@pytest.mark.parametrize("outside", ["consilium.example.org:443", "127.0.0.1:8443"])
+def test_behind_an_edge_it_listens_on_a_port_of_loopback(tmp_path: Path, outside: str) -> None:
+    folder = str(tmp_path / "coordinator")
+    done = CliRunner().invoke(app, ["init", folder, "--address", outside, "--bind-port", "8000"])
+    assert done.exit_code == 0, done.output
+    coordinator = load_coordinator(Path(folder))
+    assert coordinator.config.server.address == outside
+    assert str(coordinator.bind) == coordinator.local_address == "127.0.0.1:8000"
+
+
 @pytest.mark.parametrize("host", ["consilium.example.org", "10.0.0.7", "127.0.0.1", "localhost"])
 def test_the_certificate_is_good_for_every_host_that_it_was_made_for(
     coordinator: Coordinator, host: str
