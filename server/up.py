@@ -11,6 +11,7 @@ from pathlib import Path
 from common.flower_process import find_command, http_answers
 from common.supervisor import ChildSpec, Supervisor
 from common.up import only_up
+from server.app_bundle import app_folder
 from server.coordinator import Coordinator
 from server.keeper import Keeper
 from server.launch import LAUNCH_VARIABLE
@@ -44,7 +45,7 @@ def run_coordinator(coordinator: Coordinator) -> None:
         supervisor = Supervisor(
             coordinator_processes(coordinator), guard=guard, state_file=coordinator.up_state
         )
-        keeper = Keeper(coordinator, control)
+        keeper = Keeper(coordinator, control, app_dir=app_folder(coordinator.flower_home))
         keeper.start()
         logger.info("coordinator %s, listening on %s", coordinator.folder, coordinator.bind)
         try:

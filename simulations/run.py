@@ -17,9 +17,10 @@ from common.errors import CheckpointError, ConfigError, EngineError
 from common.model import choose_device, release_base
 from common.signing import SigningKey, load_or_generate
 from server import run_check
+from server.app_bundle import app_folder
 from server.audit import KEY_FILE, CoordinatorAudit
 from server.history import Listener, read_events
-from server.launch import APP_DIR, LAUNCH_VARIABLE, Launch, split_settings
+from server.launch import LAUNCH_VARIABLE, Launch, split_settings
 from server.run import RunPlan, run_federation
 from server.run_check import BaseModelFolder, CheckedRun, Problems, check_noise, check_run
 from server.run_folder import RunFolder, open_run_folder
@@ -177,7 +178,7 @@ def _run_flower(
         seen = len(events)
 
     engine = FlowerEngine(
-        app_dir=APP_DIR,
+        app_dir=app_folder(home),
         state_dir=home / "flower",
         num_sites=len(simulation.sources),
         num_cpus=simulation.num_cpus,
