@@ -56,9 +56,15 @@ def node_init(
     socket: Annotated[
         Path | None, typer.Option(help="The agent's socket; default: as site.toml says.")
     ] = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            help="HOST:PORT that leads to the coordinator from there; default: the coordinator's."
+        ),
+    ] = "",
 ) -> None:
     """Write a folder of its own for the node's user, from a site that has joined."""
-    written = init_node(folder, load_site_config(site), socket=socket)
+    written = init_node(folder, load_site_config(site), socket=socket, address=address)
     console.print(
         f"Wrote {written}, node, node.pub, ca.crt. Give {folder} to the node's user, then, as that user: "
         f"consilium client node {folder}",

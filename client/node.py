@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from client.site_config import SITE_FILE, SiteConfig
-from common.address import HostPort
+from common.address import HostPort, parse_address
 from common.config import read_toml
 from common.errors import ConfigError
 from common.files import write_atomically
@@ -104,23 +104,32 @@ def load_node(folder: Path) -> Node:
     return node
 
 
-def init_node(folder: Path, config: SiteConfig, *, socket: Path | None = None) -> Path:
+def init_node(
+    folder: Path, config: SiteConfig, *, socket: Path | None = None, address: str = ""
+) -> Path:
     """Write a node's own folder from a joined site's, and return its node.toml.
 
-    socket: where the agent listens, as [agent] socket of site.toml says; None takes it from there. The node
-    key is copied: hand the folder to the node's user.
-    Raises ConfigError when the site has not joined, or the folder holds a node already.
+    socket: where the agent listens, as [agent] socket of site.toml says; None takes it from there. address:
+    HOST:PORT that leads to the coordinator from where the node runs; "" is the coordinator's. The node key is
+    copied: hand the folder to the node's user.
+    Raises ConfigError when the site has not joined, the folder holds a node already, or address is none.
     """
     path = folder / NODE_FILE
     if path.exists():
-        raise ConfigError(f"{folder} holds a node already; choose another folder, or remove it")
+        raise ConfigError(
+            f"{folder} holds a node already; choose another folder, or remove {path} to write it anew"
+        )
     node = site_node(config)
+    try:
+        leads_there = str(parse_address(address or node.address))
+    except ValueError as error:
+        raise ConfigError(f"--address: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     write_atomically(folder / "ca.crt", node.root_certificates.read_bytes())
     write_atomically(folder / "node", node.key.read_bytes(), mode=0o600)
     write_atomically(folder / "node.pub", node.key.with_suffix(".pub").read_bytes())
-    section = {"address": node.address, "agent": str(socket or node.agent)}
+    section = {"address": leads_there, "agent": str(socket or node.agent)}
     write_atomically(path, tomli_w.dumps({"node": section}).encode())
     return path
 

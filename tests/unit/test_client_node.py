@@ -36,6 +36,16 @@ def test_without_a_socket_it_is_that_of_site_toml(site: Path, tmp_path: Path) ->
     assert load_node(tmp_path / "node").agent == site / "state" / "agent.sock"
 
 
+def test_it_may_go_to_the_coordinator_by_a_line_of_its_own(site: Path, tmp_path: Path) -> None:
+    config = load_site_config(site)
+    init_node(tmp_path / "node", config, address="localhost:443")
+    assert load_node(tmp_path / "node").address == "localhost:443"
+    assert site_node(config).address == "localhost:8000"
+    with pytest.raises(ConfigError, match="--address: 'localhost' is not HOST:PORT"):
+        init_node(tmp_path / "other", config, address="localhost")
+    assert not (tmp_path / "other").exists()
+
+
 def test_its_supernode_is_told_of_the_agent_and_of_no_folder(site: Path, tmp_path: Path) -> None:
     init_node(tmp_path / "node", load_site_config(site), socket=Path("/run/a.sock"))
     supernode, _ = node_processes(load_node(tmp_path / "node"))
