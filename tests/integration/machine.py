@@ -4,6 +4,7 @@ with Machine(folder) as machine:
     machine.install("consilium-agent.service")
     machine.write("/etc/x", "content")
     machine.boot("consilium-agent.service", until=lambda: (machine.out / "done").exists())
+    machine.run("systemctl", "stop", "consilium-agent")
 
 Its root is this machine's, with a layer above that takes what is written; users, processes, network and /run
 are its own. Nothing of it is left afterwards.
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil  # type: ignore[import-untyped]  # ships no types
 import pytest
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "systemd"
@@ -32,7 +34,7 @@ _NAMESPACES = ("-m", "-p", "-n", "-u", "-i", "-C")
 _COMMANDS = ("consilium", "flower-superlink", "flower-superexec", "flower-supernode", "flwr",
              "flwr-serverapp", "flwr-clientapp")  # fmt: skip
 # What a container manager does before it starts systemd. $1 the test's folder, $2 python, $3 its packages,
-# $4 the project.
+# $4 the project, of which pip would install no more than the packages.
 _BOOT = """
 set -eu
 here=$1
@@ -61,7 +63,10 @@ mkdir -p "$root/out" "$root/opt/python" "$root/opt/consilium/packages" "$root/op
 mount --bind "$here/out" "$root/out"
 mount --bind -o ro "$2" "$root/opt/python"
 mount --bind -o ro "$3" "$root/opt/consilium/packages"
-mount --bind -o ro "$4" "$root/opt/consilium/src"
+for package in common client server simulations; do
+  mkdir "$root/opt/consilium/src/$package"
+  mount --bind -o ro "$4/$package" "$root/opt/consilium/src/$package"
+done
 rm -rf "$root"/etc/systemd/system/*.wants "$root"/var/lib/consilium-*
 cp -a "$here/files/." "$root/"
 chroot "$root" systemd-sysusers
@@ -76,11 +81,13 @@ umount -l /before
 exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
   /lib/systemd/systemd --system --unit=test.target --log-target=console --show-status=no </dev/null
 """
-_ENTRY = """\
+PYTHON = """\
 #!/bin/sh
 export PYTHONPATH=/opt/consilium/src:/opt/consilium/packages PATH=/opt/consilium/bin:/usr/bin:/bin
 export LD_LIBRARY_PATH=/opt/python/lib OMP_NUM_THREADS=1
-exec /opt/python/bin/python3 -c 'import sys
+exec /opt/python/bin/python3"""
+_ENTRY = """\
+{python} -c 'import sys
 from importlib.metadata import entry_points
 sys.argv[0] = "{name}"
 sys.exit(entry_points(group="console_scripts", name="{name}")["{name}"].load()())' "$@"
@@ -102,7 +109,9 @@ class Machine:
             folder.mkdir(parents=True)
         # Owned as in a root; what is below gets its owners by the shipped files.
         for name in _COMMANDS:
-            self.write(f"/opt/consilium/bin/{name}", _ENTRY.format(name=name), mode=0o755)
+            self.write(
+                f"/opt/consilium/bin/{name}", _ENTRY.format(python=PYTHON, name=name), mode=0o755
+            )
         for target in ("sysinit", "basic"):
             self.write(f"/etc/systemd/system/{target}.target", f"[Unit]\nDescription={target}\n")
         for unit in (
@@ -170,8 +179,11 @@ class Machine:
     def drop_in(self, unit: str, name: str, content: str) -> None:
         self.write(f"/etc/systemd/system/{unit}.d/{name}.conf", content)
 
-    def boot(self, *units: str, until: Callable[[], bool], timeout_s: float = 60) -> None:
-        """Start these units, and return when the condition holds."""
+    def boot(
+        self, *units: str, until: Callable[[], bool] | None = None, timeout_s: float = 60
+    ) -> None:
+        """Start these units, and return when the condition holds; without one, when commands can be run."""
+        until = until or self._takes_commands
         wants = " ".join(units)
         self.write(
             "/etc/systemd/system/test.target",
@@ -192,6 +204,50 @@ class Machine:
             assert self._booted.poll() is None, self.console()
             assert time.monotonic() < deadline, self.console()
             time.sleep(0.2)
+
+    @property
+    def root(self) -> Path:
+        """Its file system, while it runs."""
+        return Path(f"/proc/{self._init_pid()}/root")
+
+    def start(self, *command: str, user: str = "root") -> subprocess.Popen[str]:
+        """Start a command in it, as one of its users; its output is in a pipe."""
+        enter = ["nsenter", f"--target={self._init_pid()}", *_NAMESPACES]
+        who = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+        environment = ["env", "-i", "PATH=/opt/consilium/bin:/usr/sbin:/usr/bin:/bin",
+                       "COLUMNS=120", "HOME=/tmp"]  # fmt: skip
+        return subprocess.Popen(
+            [*enter, *who, *environment, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *command: str, user: str = "root", timeout_s: float = 120) -> str:
+        """Run a command in it, which must succeed, and return what it said."""
+        with self.start(*command, user=user) as process:
+            try:
+                said, _ = process.communicate(timeout=timeout_s)
+            finally:
+                process.kill()
+        assert process.returncode == 0, f"{command}: {said}\n{self.console()}"
+        return said
+
+    def _takes_commands(self) -> bool:
+        return (
+            bool(self._children())
+            and self._children()[0].name() == "systemd"
+            and (self.root / "run/systemd/private").exists()
+        )
+
+    def _init_pid(self) -> int:
+        return int(self._children()[0].pid)
+
+    def _children(self) -> list[psutil.Process]:
+        assert self._booted is not None
+        # It is unshare, and its one child the first process of the new namespaces.
+        return list(psutil.Process(self._booted.pid).children())
 
     def console(self) -> str:
         """What systemd said, and what units wrote."""
