@@ -1,7 +1,8 @@
 """The shipped systemd units, run by systemd: what a hospital's node can reach, tried from inside it.
 
-Code that the coordinator ships runs as the node. Here a program in its place tries to read what is the
-agent's and to connect to whatever there is; the same program without the unit shows that it could be had.
+Code that the coordinator ships runs as the node, started by its superexec. Here a program in superexec's
+place tries to read what is the agent's and to connect to whatever there is; the same program without the unit
+shows that it could be had. Agent and node are the real ones.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from client.provisioning import init_site
-from tests.integration.machine import SHIPPED, Machine
+from client.node import init_node
+from client.provisioning import init_site, join
+from client.site import Site
+from common.enrolment import Bundle
+from common.signing import SigningKey
+from server.provisioning import init_coordinator
+from tests.integration.machine import PYTHON, SHIPPED, Machine
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
 
 COORDINATOR, ELSEWHERE, NAMES = "203.0.113.10", "198.51.100.7", "198.51.100.53"
-AGENT = "/var/lib/consilium-agent"
+AGENT, SOCKET = "/var/lib/consilium-agent", "/run/consilium/agent.sock"
 NODE = "/var/lib/consilium-node"
 RECORDS_ELSEWHERE = "/srv/notes/records.jsonl"
 SECRETS = (
@@ -61,21 +69,12 @@ serve(tcp, "/run/dbus/system_bus_socket", "bus")
 serve(tcp, "\\0abstract", "abstract")
 open("/out/world", "w").close()
 """
-# Stands for `consilium client agent` until the test runs that: a socket with the mode that it has.
-_AGENT = """
-import os, socket
-os.umask(0o117)
-line = socket.socket(socket.AF_UNIX)
-line.bind("/run/consilium/agent.sock")
-line.listen()
-while True:
-    caller, _ = line.accept()
-    caller.sendall(b"agent")
-    caller.close()
-"""
 # What to try is in the file that it is given; what was found goes to its output.
 _PROBE = """
-import ctypes, glob, json, os, socket, sys, threading
+import glob, json, os, socket, sys, threading, time
+from pathlib import Path
+from typing import Any
+from client.agent_control import agent_answers
 wanted = json.load(open(sys.argv[1]))
 found = {"read": {}, "connected": {}, "written": {}, "uid": os.getuid(), "groups": os.getgroups()}
 
@@ -98,6 +97,11 @@ def connect(address, kind="tcp"):
         line.send(b"?")
     return line.recv(100).decode() or ["refused", "closed", ""]
 
+def knock(path):
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(path)
+    return "connected"
+
 def write(path):
     with open(path, "a") as file:
         file.write("x")
@@ -113,11 +117,13 @@ note("read", "processes", lambda: [p for p in glob.glob("/proc/[0-9]*/environ") 
      not in (os.getuid(), 0)] or ["refused", "none", ""])
 for name, (kind, address) in wanted["connect"].items():
     note("connected", name, lambda: connect(address, kind))
+note("connected", "agent", lambda: agent_answers(Path(wanted["agent"])) or ["refused", "no answer", ""])
+note("connected", "agent's control", lambda: knock(wanted["control"]))
 note("connected", "a name", lambda: socket.getaddrinfo("example.org", 443)[0][4][0])
 for path in wanted["write"]:
     note("written", path, lambda: write(path))
 def replace():
-    os.unlink("/run/consilium/agent.sock")
+    os.unlink(wanted["agent"])
     return "gone"
 if wanted["unlink"]:
     note("written", "the agent's socket", replace)
@@ -127,6 +133,8 @@ if own:
     threading.Thread(target=lambda: own.accept()[0].sendall(b"own"), daemon=True).start()
     note("connected", "own loopback", lambda: connect(own.getsockname()))
 print(json.dumps(found), flush=True)
+# Whoever keeps superexec up would start it again.
+time.sleep(wanted["stay_s"])
 """
 _TRIED = {
     "coordinator": ("tcp", (COORDINATOR, 443)),
@@ -139,7 +147,6 @@ _TRIED = {
     "bus": ("tcp", "/run/dbus/system_bus_socket"),
     "abstract": ("tcp", "\0abstract"),
     "line": ("tcp", ("127.0.0.1", 443)),
-    "agent": ("tcp", "/run/consilium/agent.sock"),
 }
 _WRITTEN = (
     "/etc/consilium-test",
@@ -148,15 +155,17 @@ _WRITTEN = (
     "/usr/bin/x",
     f"{NODE}/x",
 )
-Found = dict[str, dict[str, object]]
+Found = dict[str, Any]
 
 
 def _place_probe(machine: Machine, name: str, **wanted: object) -> str:
     """Write what the probe of this name is to try, and return its command line."""
     asked = {"read": SECRETS, "list": (AGENT, f"{AGENT}/keys", "/srv/notes"), "connect": _TRIED,
-             "write": _WRITTEN, "unlink": False, "own": True, **wanted}  # fmt: skip
+             "agent": SOCKET, "control": f"{AGENT}/state/agent-control.sock", "write": _WRITTEN,
+             "unlink": False, "own": True, "stay_s": 0, **wanted}  # fmt: skip
     machine.write(f"/opt/{name}.json", json.dumps(asked))
-    return f"/usr/bin/python3 /opt/probe.py /opt/{name}.json"
+    machine.write(f"/opt/{name}", f"{PYTHON} /opt/probe.py /opt/{name}.json\n", mode=0o755)
+    return f"/opt/{name}"
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +173,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Found]
     """What the probe found as each of: the node, the agent, the line, and root without a unit."""
     with Machine(tmp_path_factory.mktemp("machine")) as machine:
         _write_hospital(machine, tmp_path_factory.mktemp("hospital"))
-        for name, text in (("world", _WORLD), ("agent", _AGENT), ("probe", _PROBE)):
+        for name, text in (("world", _WORLD), ("probe", _PROBE)):
             machine.write(f"/opt/{name}.py", text)
         addresses = "; ".join(
             f"ip addr add {one}/32 dev outside" for one in (COORDINATOR, ELSEWHERE, NAMES)
@@ -174,60 +183,65 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Found]
             f"[Service]\nExecStartPre=/bin/sh -c '{addresses}'\nExecStart=/usr/bin/python3 /opt/world.py\n"
             "ExecStartPost=/bin/sh -c 'until test -e /out/world; do sleep 0.1; done'\n",
         )
-        machine.install("consilium-line.socket")
-        machine.install("consilium-line.service")
+        for unit in ("line.socket", "line.service", "agent.service", "node.service"):
+            machine.install(f"consilium-{unit}")
+        log = "StandardOutput=append:/out/agent.log\nStandardError=append:/out/agent.log\n"
+        machine.drop_in("consilium-agent.service", "log", f"[Service]\n{log}")
+        # What `client node` keeps up, and what would start the coordinator's code.
+        node = _place_probe(machine, "node", unlink=True, stay_s=600)
+        machine.write(
+            "/opt/consilium/bin/flower-superexec", f"#!/bin/sh\nexec {node}\n", mode=0o755
+        )
+        # Beside the units that run, others that differ from them in their command alone.
         shipped = (SHIPPED / "coordinator.conf").read_text()
         machine.drop_in("consilium-line.service", "coordinator", shipped)
-        machine.install("consilium-agent.service", ExecStart="/usr/bin/python3 /opt/agent.py")
-        probes = {
-            "node": ("consilium-node.service", _place_probe(machine, "node", unlink=True)),
-            "agent": ("consilium-agent.service", _place_probe(machine, "agent", own=False)),
-            "line": ("consilium-line.service", _place_probe(machine, "line", own=False)),
-        }
-        units = []
-        for name, (unit, command) in probes.items():
-            # Beside the unit that runs under its own name, one that differs in its command alone.
-            probe = unit if name == "node" else f"{name}-probe.service"
-            machine.install(unit, probe, ExecStart=command, Type="exec", Restart="no",
-                            StandardOutput=f"file:/out/{name}.json",
+        machine.drop_in("line-probe.service", "coordinator", shipped)
+        for name in ("agent", "line"):
+            command = _place_probe(machine, name, own=False)
+            machine.install(f"consilium-{name}.service", f"{name}-probe.service", ExecStart=command,
+                            Type="oneshot", Restart="no", StandardOutput=f"file:/out/{name}.json",
                             StandardError=f"file:/out/{name}.err")  # fmt: skip
-            if name == "line":
-                machine.drop_in(probe, "coordinator", shipped)
-            units.append(probe)
-        machine.write(
-            "/etc/systemd/system/root-probe.service",
-            f"[Unit]\nAfter=consilium-node.service\n[Service]\nExecStart={_place_probe(machine, 'root')}\n"
-            "StandardOutput=file:/out/root.json\nStandardError=file:/out/root.err\n",
-        )
-        for unit in (*units, "root-probe.service"):
-            machine.drop_in(unit, "order", "[Unit]\nRequires=world.service\nAfter=world.service\n"
-                            "After=consilium-agent.service\nWants=consilium-agent.service\n"
-                            "[Service]\nExecStartPre=/bin/sleep 1\n")  # fmt: skip
-        names = ("node", "agent", "line", "root")
 
-        def all_done() -> bool:
-            return all((machine.out / f"{name}.json").exists()
-                       and (machine.out / f"{name}.json").read_text().endswith("}\n")
-                       for name in names)  # fmt: skip
+        def agent_listens() -> bool:
+            said = machine.out / "agent.log"
+            return said.exists() and "listening" in said.read_text()
 
-        machine.boot("world.service", *units, "root-probe.service", until=all_done)
-        yield {name: json.loads((machine.out / f"{name}.json").read_text()) for name in names}
+        root = _place_probe(machine, "root")
+        machine.boot("world.service", "consilium-agent.service", until=agent_listens)
+        machine.run("systemctl", "start", "consilium-node", "agent-probe", "line-probe")
+        found = {"root": json.loads(machine.run(root))}
+        for name in ("agent", "line"):
+            found[name] = json.loads((machine.out / f"{name}.json").read_text())
+        log_of_node = machine.root / NODE.lstrip("/") / "flower" / "superexec.log"
+        deadline = time.monotonic() + 60
+        while not (log_of_node.exists() and log_of_node.read_text().endswith("}\n")):
+            assert time.monotonic() < deadline, machine.console()
+            time.sleep(0.2)
+        found["node"] = json.loads(log_of_node.read_text())
+        yield found
 
 
 def _write_hospital(machine: Machine, folder: Path) -> None:
     """A hospital's folder as its commands make it, with what a run leaves in it, and a node's."""
-    site = folder / "site"
-    init_site(site, name="north", declared_size=20, unit="record")
+    site, node = folder / "site", folder / "node"
+    coordinator = init_coordinator(folder / "coordinator", address="fl.example.org:443")
+    enrolment = init_site(site, name="north", declared_size=20, unit="record")
+    key = SigningKey.load(coordinator.signing_key).public_hex
+    certificate = coordinator.ca.read_text()
+    join(site, Bundle("north", "fl.example.org:443", certificate, key, enrolment.signing_key))
+    text = (site / "site.toml").read_text()
+    (site / "site.toml").write_text(text.replace("state/agent.sock", SOCKET))
     (site / "records.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    (site / "state").mkdir()
-    for name in ("ledger.sqlite", "audit.jsonl"):
-        (site / "state" / name).write_text("state\n")
+    opened = Site.open(site)
+    opened.ledger.head()
+    opened.audit.append("declined", run="a-run")
+    init_node(node, opened.config, address="localhost:443")
+    machine.copy(node, NODE)
     # As careless as a hospital can be: what keeps the node out is the unit, not the modes.
     for path in (site, *site.rglob("*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
     machine.copy(site, AGENT)
     machine.write(RECORDS_ELSEWHERE, "{}\n")
-    machine.write(f"{NODE}/node.toml", 'address = "localhost:443"\n')
 
 
 def _had(found: Found, kind: str) -> dict[str, object]:
@@ -237,6 +251,7 @@ def _had(found: Found, kind: str) -> dict[str, object]:
 
 
 def test_the_node_reads_nothing_of_the_agents(found: dict[str, Found]) -> None:
+    assert found["node"]["uid"] not in (0, found["agent"]["uid"])
     assert _had(found["node"], "read") == {}
 
 
@@ -244,7 +259,7 @@ def test_the_node_reaches_its_agent_and_its_coordinator_and_nothing_else(
     found: dict[str, Found],
 ) -> None:
     assert _had(found["node"], "connected") == {
-        "agent": "agent",
+        "agent": True,
         # Its localhost:443, which another process carries to the one address.
         "line": "coordinator",
         "own loopback": "own",
@@ -258,8 +273,8 @@ def test_the_node_writes_in_its_own_folder_alone(found: dict[str, Found]) -> Non
 def test_the_agent_reads_its_own_and_reaches_nothing(found: dict[str, Found]) -> None:
     agent = found["agent"]
     assert {path for path in SECRETS if path.startswith(AGENT)} <= set(_had(agent, "read"))
-    # Of a socket that it made itself.
-    assert _had(agent, "connected") == {"agent": "agent"}
+    # Of sockets that it made itself.
+    assert _had(agent, "connected") == {"agent": True, "agent's control": "connected"}
     assert _had(agent, "written") == {f"{AGENT}/x": "written"}
 
 
@@ -281,7 +296,7 @@ def test_without_the_units_all_of_it_could_be_had(found: dict[str, Found]) -> No
     root = found["root"]
     assert set(SECRETS) <= set(_had(root, "read"))
     assert {"database", "intranet", "elsewhere", "stub resolver", "name server", "bus", "abstract",
-            "coordinator"} <= set(_had(root, "connected"))  # fmt: skip
+            "coordinator", "agent", "agent's control"} <= set(_had(root, "connected"))  # fmt: skip
     assert set(_WRITTEN) - {"/opt/consilium/bin/consilium"} <= set(_had(root, "written"))
 
 
