@@ -95,7 +95,10 @@ def site_status(config: SiteConfig) -> SiteStatus:
         advice.append(str(error))
     waiting = _num_waiting(state / "approvals")
     if up is None and agent is None:
-        advice.append(f"Nothing runs; start it: consilium client up --site {config.folder}")
+        advice.append(
+            f"Nothing runs; start it: consilium client up --site {config.folder}, or its services, where two "
+            "users run it"
+        )
     elif agent is None:
         advice.append(
             f"The agent does not answer at {config.control_socket_path}; its log: "
@@ -113,8 +116,7 @@ def site_status(config: SiteConfig) -> SiteStatus:
 
 def status_tables(status: SiteStatus) -> Iterator[RenderableType]:
     """Give one table after the other, then what is wrong, line by line."""
-    up = f"up, process {status.up}" if status.up is not None else "down"
-    yield Text(f"{status.site} in {status.folder}: {up}", style="bold")
+    yield Text(f"{status.site} in {status.folder}: {_what_runs(status)}", style="bold")
     if status.processes:
         yield process_table(status.processes, now_s=status.time)
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -132,6 +134,13 @@ def status_tables(status: SiteStatus) -> Iterator[RenderableType]:
     yield table
     for sentence in status.advice:
         yield Text(f"! {sentence}", style="yellow", overflow="fold")
+
+
+def _what_runs(status: SiteStatus) -> str:
+    if status.up is not None:
+        return f"up, process {status.up}"
+    # Where two users run it: what the node does, its own user sees.
+    return "the agent alone" if status.agent is not None else "down"
 
 
 def _agent_rows(agent: AgentReport, *, now_s: float) -> Iterator[tuple[str, str]]:

@@ -75,6 +75,16 @@ def test_what_runs_and_what_is_trained_is_told(
     assert content["agent"]["step"] == 7
 
 
+def test_an_agent_whose_node_is_another_users_is_not_down(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "agent_status", lambda socket: AgentStatus(site="north", pid=41))
+    assert site_status(load_site_config(hospital.folder)).advice == ()
+    said = _printed(hospital.folder)
+    assert ": the agent alone" in said
+    assert "down" not in said
+
+
 def test_the_last_task_and_who_waits_for_approval_are_told(hospital: Hospital) -> None:
     site = hospital.open()
     site.answer(hospital.seal(hospital.task(expires_at=int(time.time()) - 5)))
