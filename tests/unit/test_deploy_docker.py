@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml  # type: ignore[import-untyped]  # ships no types
+
+from client.cli import app
 
 DOCKER = Path(__file__).parents[2] / "deploy" / "docker"
 
@@ -47,6 +50,18 @@ def test_the_agent_has_no_network_and_the_node_one_that_ends_at_the_line() -> No
     assert services["node"]["networks"] == ["inside"]
     assert networks["inside"] == {"internal": True}
     assert set(services["line"]["networks"]) == {"inside", "outside"}
+
+
+def test_what_the_services_start_is_a_command_with_their_folder() -> None:
+    commands = typer.main.get_group(app).commands
+    services = _services("hospital")
+    for name in ("agent", "node"):
+        group, command, *arguments = services[name]["command"]
+        assert group == "client"
+        folder = arguments[-1]
+        # Parsed, not run: an option or a command that is no more ends the test.
+        commands[command].make_context(command, arguments)
+        assert any(volume.endswith(f":{folder}") for volume in services[name]["volumes"])
 
 
 def test_the_superlink_is_published_by_its_edge_alone() -> None:
