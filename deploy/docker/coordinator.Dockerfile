@@ -16,7 +16,8 @@ COPY --from=build /opt/consilium /opt/consilium
 # Named volumes take their first owner from these folders; the second is the edge's.
 RUN groupadd --gid 10001 consilium \
     && useradd --uid 10001 --gid 10001 --home-dir /var/lib/consilium-coordinator --no-create-home consilium \
-    && install -d -m 0700 -o 10001 -g 10001 /var/lib/consilium-coordinator /var/lib/consilium-edge
+    && install -d -m 0700 -o 10001 -g 10001 /var/lib/consilium-coordinator \
+    && install -d -m 0700 -o 10002 -g 10002 /var/lib/consilium-edge
 ENV PATH=/opt/consilium/bin:$PATH \
     HOME=/var/lib/consilium-coordinator \
     FLWR_TELEMETRY_ENABLED=0 \

@@ -66,6 +66,9 @@ def test_what_the_services_start_is_a_command_with_their_folder() -> None:
 
 def test_the_superlink_is_published_by_its_edge_alone() -> None:
     services = _services("coordinator")
+    # The Control API answers the coordinator's own user, who may read the signing key: not the edge.
+    assert services["edge"]["user"] == "10002:10002"
+    assert not any(str(one).startswith("coordinator:") for one in services["edge"]["volumes"])
     assert services["edge"]["network_mode"] == "service:coordinator"
     assert services["coordinator"]["ports"] == [
         f"443:{services['edge']['environment']['EDGE_PORT']}"
