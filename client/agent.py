@@ -13,10 +13,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from client.agent_wire import (
 from client.site import Site
 from client.spool import spooled
 from client.turn import Caller
-from common.errors import BusyError, ConsiliumError, DiskError, EngineError
+from common.errors import BusyError, ConsiliumError, DiskError, EngineError, ProtocolError
 from common.locks import LockHeldError, hold_lock
 from common.records import Envelope, Task, error_code
 
@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 _HANDLERS = 4
 # A relay that is cut off in the middle of its reply asks again, so there is no reason to wait for long.
 _GRACE_S = 5.0
+# So long an adapter may take one way; 200 MB take a second.
+_TRANSFER_S = 300.0
 _SOCKET_MODE, _CONTROL_MODE = 0o660, 0o600
 
 
@@ -101,13 +103,15 @@ class Agent:
         gone = threading.Event()
         context.add_callback(gone.set)
         try:
-            opening = take_opening(pieces)
+            with _in_time(context):
+                opening = take_opening(pieces)
         except ConsiliumError as error:
             # Of versions alone.
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        with self._counted():
+        with self._in_hand():
             reply = self._reply(opening, pieces, gone, context)
-        yield from in_pieces(reply)
+        with _in_time(context):
+            yield from in_pieces(reply)
 
     def status(self, request: StatusRequest, context: grpc.ServicerContext) -> AgentStatus:
         """Tell the hospital's people what the agent does."""
@@ -161,16 +165,25 @@ class Agent:
         context: grpc.ServicerContext,
     ) -> Envelope:
         state = self._site.config.folder / "state"
+
+        def receive(write: Callable[[bytes], object]) -> None:
+            with _in_time(context):
+                take_adapter(pieces, opening, write=write)
+
         try:
             # Before its adapter: nothing of nobody's is written down, and who must wait need not send it.
-            self._site.admit(Envelope(opening.payload, opening.signature), caller=_TO_BE_TOLD)
-            with spooled(
-                state,
-                size_bytes=opening.adapter_bytes,
-                receive=lambda write: take_adapter(pieces, opening, write=write),
-            ) as adapter:
-                envelope = Envelope(opening.payload, opening.signature, adapter)
-                reply = self._answer(envelope, gone)
+            bare = Envelope(opening.payload, opening.signature)
+            task, signer = self._site.admit(bare, caller=_TO_BE_TOLD)
+            limit = self._site.adapter_limit(task, signer)
+            if not limit:
+                reply = self._answer(bare, gone)
+            elif opening.adapter_bytes > limit:
+                raise ProtocolError(
+                    f"an adapter of {opening.adapter_bytes} bytes comes, where {limit} are the most"
+                )
+            else:
+                with spooled(state, size_bytes=opening.adapter_bytes, receive=receive) as adapter:
+                    reply = self._answer(replace(bare, adapter=adapter), gone)
         except BusyError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.code)
         except Exception as error:
@@ -208,16 +221,18 @@ class Agent:
                     self._work = None
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _in_hand(self) -> Iterator[None]:
+        """Count a call as under way, and as answered if it is."""
         with self._lock:
             self._in_flight += 1
         try:
             yield
+            with self._lock:
+                self._answered += 1
+                self._last_answer = time.time()
         finally:
             with self._lock:
                 self._in_flight -= 1
-                self._answered += 1
-                self._last_answer = time.time()
 
 
 def run_agent(site: Site) -> None:
@@ -237,8 +252,11 @@ def run_agent(site: Site) -> None:
         agent, stop = Agent(site, idle_s=config.agent.idle_unload_s), threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, frame: stop.set())
-        relay = _server(_answering(agent), healthy=True)
-        control = _server(_controlling(agent), healthy=False)
+        pools = [
+            stack.enter_context(ThreadPoolExecutor(_HANDLERS, name)) for name in ("relay", "own")
+        ]
+        relay = _server(_answering(agent), pools[0])
+        control = _server(_controlling(agent), pools[1])
         _listen(relay, config.socket_path, mode=_SOCKET_MODE, stack=stack)
         _listen(control, config.control_socket_path, mode=_CONTROL_MODE, stack=stack)
         threading.Thread(target=agent.keep_lean, name="idle", daemon=True).start()
@@ -273,15 +291,28 @@ def _controlling(agent: Agent) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(CONTROL_SERVICE, methods)
 
 
-def _server(handlers: grpc.GenericRpcHandler, *, healthy: bool) -> grpc.Server:
+def _server(handlers: grpc.GenericRpcHandler, pool: ThreadPoolExecutor) -> grpc.Server:
+    """pool: outlives the server, so that no handler is left when the agent says that it has ended."""
+    # Whoever is one too many is told so, as by a busy agent.
     server = grpc.server(
-        ThreadPoolExecutor(_HANDLERS, "handler"), handlers=[handlers], options=CHANNEL_OPTIONS
+        pool, handlers=[handlers], options=CHANNEL_OPTIONS, maximum_concurrent_rpcs=_HANDLERS
     )
-    if healthy:
-        servicer = health.HealthServicer()
-        servicer.set(AGENT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    servicer = health.HealthServicer()
+    servicer.set(AGENT_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return server
+
+
+@contextmanager
+def _in_time(context: grpc.ServicerContext) -> Iterator[None]:
+    """Cut a call off that brings or fetches nothing for long: it would hold a handler."""
+    timer = threading.Timer(_TRANSFER_S, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _listen(server: grpc.Server, socket: Path, *, mode: int, stack: ExitStack) -> None:

@@ -102,6 +102,12 @@ class OneOutput:
                 _check_not_answered(row)
                 self._record_training(task, plan)
                 outcome = self._train_once(task, plan, adapter or open_incoming(), on_step=on_step)
+            # And again: meanwhile the hospital may have declined, left the coordinator or stopped the task.
+            self._gate.consider(task, signer=signer)
+            if not caller.is_there():
+                raise CancelledError(
+                    "nobody waits for this task any more, or it was stopped here; its one output is kept"
+                )
             self._ledger.release(task.task_id)
         if outcome.failure:
             raise FailedTaskError(outcome.failure)

@@ -6,7 +6,9 @@ rotation.json  what is sent: public parts only, signed by the old key and the ne
 
 from __future__ import annotations
 
+import os
 import shutil
+import uuid
 from pathlib import Path
 
 from client.provisioning import ENROLMENT_FILE, make_node_key
@@ -79,8 +81,10 @@ def finish_rotation(config: SiteConfig, bundle: Bundle) -> None:
     write_atomically(config.folder / ENROLMENT_FILE, seal_enrolment(enrolment, new))
     write_atomically(config.signing_key_path, new_key.read_bytes(), mode=0o600)
     Withdrawals(config.folder).lift(bundle.public_key)
-    # Last: while it is there, this may be given again.
-    shutil.rmtree(_next(config))
+    # Last, and at once: while it is there, this may be given again.
+    done = _next(config).with_name(f".taken-{uuid.uuid4().hex}")
+    os.replace(_next(config), done)
+    shutil.rmtree(done)
     (config.folder / ROTATION_FILE).unlink(missing_ok=True)
 
 

@@ -34,9 +34,12 @@ from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
 from client.training import Workbench
 from client.turn import PATIENT, Caller, Turn
+from common.adapter import max_safetensors_bytes
 from common.audit_log import AuditLog
 from common.config import RunConfig
 from common.errors import (
+    BusyError,
+    ConsiliumError,
     DiskError,
     ProtocolError,
     SignatureError,
@@ -139,6 +142,8 @@ class Site:
             return self._replies.seal(
                 task, trained.numbers, adapter=trained.adapter, privacy=trained.privacy
             )
+        except BusyError:
+            raise
         except Exception as error:
             if is_disk_full(error):
                 error = DiskError(
@@ -168,6 +173,23 @@ class Site:
         if task.kind == "train":
             self._turn.require_free(task, caller)
         return task, signer
+
+    def adapter_limit(self, task: Task, signer: str, *, now_s: float | None = None) -> int:
+        """Return the most bytes of adapter that a task can need; 0 when it is answered without one.
+
+        signer: the key that signed it. now_s: Unix seconds; the clock when None.
+        """
+        if task.kind == "describe":
+            return 0
+        try:
+            check_not_expired(task, now_s=time.time() if now_s is None else now_s)
+            plan = self._gate.consider(task, signer=signer)
+            return max_safetensors_bytes(
+                self._gate.planned(plan, base_digest=task.base_digest).shape
+            )
+        except ConsiliumError:
+            # `answer` will say why.
+            return 0
 
     def dry_run(self, run: RunConfig, *, on_step: Callable[[int], None]) -> DryRun:
         """Return what one task of a run would give: nothing is sent or charged, and no result kept.

@@ -73,7 +73,8 @@ class Turn:
 
         ends_s: when the task's time is over (time.monotonic). Yields what is to be told every step: it
         raises OvertakenError when a later round's task waits, ExpiredError when time is over, and
-        CancelledError when the caller is gone. Raises the last two also when the turn does not come before.
+        CancelledError when the caller is gone. Raises the last two also when the turn does not come before,
+        and BusyError as `require_free`.
         """
         own = self._waiting / f"{task.run_uid}.{task.server_round}"
         with ExitStack() as turn:
@@ -83,18 +84,20 @@ class Turn:
                 with suppress(LockHeldError):
                     waiting.enter_context(hold_lock(own))
                     waiting.callback(own.unlink, missing_ok=True)
-                self._wait(turn, ends_s=ends_s, caller=caller)
+                self._wait(turn, task, ends_s=ends_s, caller=caller)
             self._current = task
             turn.callback(self._leave)
             caller.on_begin(task)
             yield lambda step: self._check(step, task, ends_s=ends_s, caller=caller)
 
-    def _wait(self, turn: ExitStack, *, ends_s: float, caller: Caller) -> None:
+    def _wait(self, turn: ExitStack, task: Task, *, ends_s: float, caller: Caller) -> None:
         while True:
             try:
                 turn.enter_context(hold_lock(self._lock, wait_s=_LOOK_S))
                 return
             except LockHeldError as error:
+                # Two that came at once: only now is it known whose turn it is.
+                self.require_free(task, caller)
                 if not caller.is_there():
                     raise CancelledError("nobody waits for this task any more") from None
                 if time.monotonic() > ends_s:

@@ -64,6 +64,7 @@ def agent_process(config: SiteConfig, node: Node) -> ChildSpec:
         environment=with_project(flower_environment(node.home)),
         log_file=node.home / "agent.log",
         cwd=node.home,
-        probe=lambda: agent_answers(config.socket_path),
+        # Not the relay's socket, whose handlers others can keep busy.
+        probe=lambda: agent_answers(config.control_socket_path),
         hung_s=_AGENT_HUNG_S,
     )

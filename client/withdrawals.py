@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from client.site_config import SiteConfig
 from common.audit_log import AuditLog
 from common.errors import ConfigError, PolicyError
 from common.files import write_atomically
+from common.locks import hold_lock
 from common.membership import Withdrawal, seal_withdrawal
 from common.signing import SigningKey
 
 WITHDRAWAL_FILE = "withdrawal.json"
+# So long another command may take.
+_OTHERS_S = 30.0
 
 
 class Withdrawals:
@@ -51,20 +56,27 @@ class Withdrawals:
 
     def add(self, coordinator: str) -> int:
         """Leave a coordinator, and return when it was left first."""
-        known = self.all()
-        known.setdefault(coordinator, int(time.time()))
-        self._write(known)
-        return known[coordinator]
+        with self._alone():
+            known = self.all()
+            known.setdefault(coordinator, int(time.time()))
+            self._write(known)
+            return known[coordinator]
 
     def lift(self, coordinator: str) -> None:
         """Take a coordinator back."""
-        known = self.all()
-        if known.pop(coordinator, None) is not None:
-            self._write(known)
+        with self._alone():
+            known = self.all()
+            if known.pop(coordinator, None) is not None:
+                self._write(known)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._path.parent.mkdir(mode=0o700, exist_ok=True)
+        with hold_lock(self._path.with_suffix(".lock"), wait_s=_OTHERS_S):
+            yield
 
     def _write(self, known: dict[str, int]) -> None:
         content = (json.dumps(known, indent=2) + "\n").encode()
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomically(self._path, content, mode=0o600)
 
 

@@ -167,7 +167,7 @@ def from_safetensors(data: Buffer, *, shape: AdapterShape) -> AdapterState:
     Raises ProtocolError when the bytes are no safetensors or too many, ShapeError when a tensor is
     missing, unknown, of another shape or not float32. Values are not looked at.
     """
-    limit = shape.size_bytes + 1024 * (len(shape.modules) + 8)
+    limit = max_safetensors_bytes(shape)
     if len(data) > limit:
         raise ProtocolError(f"an adapter of {len(data)} bytes, where at most {limit} are expected")
     header = shape.safetensors_header()
@@ -178,6 +178,11 @@ def from_safetensors(data: Buffer, *, shape: AdapterShape) -> AdapterState:
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         raise ProtocolError(f"{len(data)} bytes are not a safetensors file") from None
     return state_from_tensors(tensors, shape=shape)
+
+
+def max_safetensors_bytes(shape: AdapterShape) -> int:
+    """Return how large a safetensors file of a shape may be: its tensors, and room for any header of them."""
+    return shape.size_bytes + 1024 * (len(shape.modules) + 8)
 
 
 def _views(data: Buffer, shape: AdapterShape, *, start: int) -> dict[str, Float32]:

@@ -123,6 +123,13 @@ def strike_revoked(coordinator: Coordinator) -> None:
 def _take(coordinator: Coordinator, enrolment: Enrolment, known: RosterEntry | None) -> bytes:
     revocations = Revocations(coordinator.revocations_file)
     revocations.check(enrolment)
+    for other in coordinator.roster().values():
+        same = {other.node_key, other.public_key} & {enrolment.node_key, enrolment.signing_key}
+        if other.site != enrolment.site and same:
+            raise ConfigError(
+                f"{enrolment.site} brings a key of {other.site}: a folder was copied, or somebody poses as "
+                "it; each site makes its own with `consilium client init`"
+            )
     if coordinator.up_pid() is None:
         raise ConfigError(
             f"`consilium server up {coordinator.folder}` does not run, and a hospital's node is registered "

@@ -199,12 +199,13 @@ class OpenRound:
     def _drop_shut_out(self) -> float:
         """Neither wait for nor count a site that was shut out meanwhile; say when to stop waiting.
 
-        Nor wait for one that has new keys: what it was sent went to a node that is no more.
+        Nor one that has new keys: what it was sent went to a node that is no more, and what it has answered
+        may be the reason for them.
         """
         roster = self._run.roster.current()
         rotated = {
             site: "rotated"
-            for site in self._waiting
+            for site in self._waiting | self.updates.keys()
             if _keys(roster.get(site)) != _keys(self._enrolled[site])
         }
         dropped = rotated | self._run.shut_out()

@@ -14,6 +14,8 @@ import pytest
 from client.gate import Gate
 from client.ledger import Ledger
 from client.training import Workbench
+from client.turn import Caller
+from client.withdrawals import Withdrawals
 from common.errors import ConsiliumError, ExpiredError, OvertakenError, PolicyError
 from common.records import Envelope, Reply, Task, open_reply
 from tests.unit.hospital import Hospital, make_hospital
@@ -155,3 +157,46 @@ def test_a_task_that_waited_for_its_turn_is_judged_again(
     reply, _ = _ask(hospital, hospital.task())
     assert reply.error_code == "policy"
     assert _rows(hospital) == []
+
+
+def test_what_the_hospital_left_while_it_was_trained_does_not_leave(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step is done, and the hospital's people withdraw before the reply is signed."""
+    whole = Workbench.train
+
+    def then_withdraw(*args: Any, **kwargs: Any) -> Any:
+        trained = whole(*args, **kwargs)
+        Withdrawals(hospital.folder).add(hospital.coordinator.public_hex)
+        return trained
+
+    monkeypatch.setattr(Workbench, "train", then_withdraw)
+    reply, answer = _ask(hospital, hospital.task())
+    assert (reply.error_code, bytes(answer.adapter)) == ("policy", b"")
+    assert [row.state for row in _rows(hospital)] == ["reserved"]
+
+
+def test_what_was_stopped_after_its_last_step_does_not_leave_either(hospital: Hospital) -> None:
+    site, task, steps = hospital.open(), hospital.task(), []
+
+    # Gone as soon as the last step was told.
+    caller = Caller(is_there=lambda: len(steps) < 2, on_step=steps.append)
+    answer = site.answer(hospital.seal(task), caller=caller)
+    reply = open_reply(answer, task=task, site="north", public_hex=site.public_key)
+    assert (steps, reply.error_code, bytes(answer.adapter)) == ([1, 2], "cancelled", b"")
+    # Asked again by somebody who waits, it is answered under the one charge.
+    again, _ = _ask(hospital, task)
+    assert again.error_code == ""
+    assert [row.state for row in _rows(hospital)] == ["released"]
+
+
+def test_an_adapter_is_taken_for_a_task_that_will_be_trained_and_no_larger(
+    hospital: Hospital,
+) -> None:
+    site, signer = hospital.open(), hospital.coordinator.public_hex
+    size = len(hospital.adapter.to_safetensors())
+    assert size <= site.adapter_limit(hospital.task(), signer) < 3 * size + 20_000
+    describe = hospital.task(0, kind="describe", site="")
+    expired = hospital.task(expires_at=int(time.time()) - 5)
+    forbidden = hospital.task(settings={"train.local-steps": 10**6})
+    assert [site.adapter_limit(one, signer) for one in (describe, expired, forbidden)] == [0, 0, 0]

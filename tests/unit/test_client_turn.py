@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from client.turn import Turn
-from common.errors import ExpiredError, OvertakenError
+from client.turn import Caller, Turn
+from common.errors import BusyError, CancelledError, ExpiredError, OvertakenError
+from common.locks import lock_holder
 from common.records import Task
 
 
@@ -49,7 +50,7 @@ class _Waiter(threading.Thread):
 
     def is_announced(self) -> bool:
         name = f"{self._task.run_uid}.{self._task.server_round}"
-        return (self._folder / "waiting" / name).exists()
+        return lock_holder(self._folder / "waiting" / name) is not None
 
 
 def test_the_second_waits_until_the_first_is_done(tmp_path: Path) -> None:
@@ -129,3 +130,33 @@ def test_the_turn_of_a_killed_process_is_free(tmp_path: Path) -> None:
         process.kill()
         process.join()
     assert waiter.had_turn.wait(10.0)
+
+
+def test_of_two_that_came_at_once_the_second_is_told_when_the_first_has_its_turn(
+    tmp_path: Path,
+) -> None:
+    turn, told = Turn(tmp_path), Caller(waits=False)
+    # Nobody trains yet: both may try.
+    turn.require_free(_task(3), told)
+    other = _task(3, run_uid="run-2")
+    turn.require_free(other, told)
+    with (
+        turn.take(_task(3), ends_s=_soon(), caller=told),
+        pytest.raises(BusyError, match=r"trains round 3 of run run-1; ask again"),
+        turn.take(other, ends_s=_soon(), caller=told),
+    ):
+        pass
+    with turn.take(other, ends_s=_soon(), caller=told):
+        pass
+
+
+def test_who_is_gone_neither_waits_nor_trains_on(tmp_path: Path) -> None:
+    gone = Caller(is_there=lambda: False)
+    with Turn(tmp_path).take(_task(3), ends_s=_soon(), caller=gone) as on_step:
+        with pytest.raises(CancelledError, match="stopped after step 1 of round 3"):
+            on_step(1)
+        with (
+            pytest.raises(CancelledError, match="nobody waits"),
+            Turn(tmp_path).take(_task(9), ends_s=_soon(), caller=gone),
+        ):
+            pass

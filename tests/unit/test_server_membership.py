@@ -113,6 +113,19 @@ def test_a_revoked_site_is_off_the_roster_and_its_node_is_refused(
     assert line == {"site": "bern", "key": bern.signing_key, "why": "its agreement ended"}
 
 
+@pytest.mark.parametrize("key", ["signing_key", "node_key"])
+def test_a_key_of_another_site_is_not_enrolled_again(
+    coordinator: Coordinator, flower: Flower, key: str
+) -> None:
+    """Else revoking the one would shut out the other."""
+    bern = _enrolment("bern")
+    enrol(coordinator, bern)
+    copied = replace(_enrolment("oslo"), **{key: getattr(bern, key)})
+    with pytest.raises(ConfigError, match="oslo brings a key of bern"):
+        enrol(coordinator, copied)
+    assert list(coordinator.roster()) == ["bern"]
+
+
 @pytest.mark.parametrize("changed", ["signing_key", "node_key", "site"])
 def test_a_revoked_key_is_never_enrolled_again_whatever_comes_with_it(
     coordinator: Coordinator, flower: Flower, changed: str

@@ -558,6 +558,28 @@ def test_a_signed_reply_of_a_revoked_key_is_not_accepted(clock: FakeClock, tmp_p
     assert "kiel" not in [line["site"] for line in room.lines("reply") if line["kind"] == "train"]
 
 
+def test_what_a_site_answered_with_its_old_keys_does_not_count_once_it_has_new_ones(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below quorum the round is tried again, and meanwhile the keys were changed: they may be stolen."""
+    scripts: dict[str, list[Behaviour]] = {
+        "oslo": [honest], "bern": [silent, honest], "kiel": [honest, silent],
+    }  # fmt: skip
+    room = Room(clock, tmp_path, scripts, **{"federation__min-sites": 3, "federation__quorum": 3})
+    room.federation.gather()
+    sleep = clock.sleep
+
+    def then_rotate(seconds: float) -> None:
+        sleep(seconds)
+        entries = [site.entry for site in room.sites.values() if site.name != "kiel"]
+        new = replace(room.sites["kiel"].entry, public_key=SigningKey.generate().public_hex)
+        Roster([*entries, new]).save(room.roster_file)
+
+    monkeypatch.setattr(clock, "sleep", then_rotate)
+    with pytest.raises(QuorumError, match="kiel: rotated"):
+        room.federation.run_round(CURRENT, server_round=1)
+
+
 def test_a_site_with_new_keys_is_not_waited_for_on_its_old_node(
     clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
