@@ -21,7 +21,7 @@ pytestmark = pytest.mark.chaos
 
 def test_a_session_kills_at_every_point_and_every_process_three_times_in_an_order_by_seed() -> None:
     order = plan(times=3, only=(), seed=1)
-    assert (len(POINTS), len(PROCESSES), len(OUTAGES)) == (12, 5, 3)
+    assert (len(POINTS), len(PROCESSES), len(OUTAGES)) == (12, 6, 3)
     assert Counter(order) == {
         **dict.fromkeys([*POINTS, *PROCESSES], 3),
         **dict.fromkeys(OUTAGES, 1),

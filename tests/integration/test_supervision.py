@@ -127,7 +127,8 @@ def _is_in_a_round(events: list[dict[str, Any]]) -> bool:
 def test_a_run_that_is_stopped_stays_stopped_until_it_is_resumed(commands: Commands) -> None:
     federation = commands.federation
     run_dir = _run_dir(federation)
-    order = _order(federation, "--set", "train.rounds=1")
+    # With a warm agent a round takes seconds; it must not be over before it is stopped.
+    order = _order(federation, "--set", "train.rounds=6")
     with commands.start(*order, "--force") as follower:
         commands.wait_until(lambda: _is_in_a_round(commands.events(run_dir)), "round 1")
         follower.send_signal(signal.SIGINT)
@@ -149,7 +150,7 @@ def test_a_run_that_is_stopped_stays_stopped_until_it_is_resumed(commands: Comma
 
     code, output = commands.run(*order, "--resume", timeout_s=200)
     assert code == 0, output + commands.tails()
-    assert "1 rounds, 2 sites" in output
+    assert "6 rounds, 2 sites" in output
 
 
 def test_a_terminated_up_leaves_no_process_behind(commands: Commands) -> None:

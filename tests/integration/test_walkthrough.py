@@ -42,7 +42,7 @@ def test_three_hospitals_from_nothing_to_an_adapter(tmp_path: Path) -> None:
     with guarded_processes(tmp_path / "guard.log") as guard:
         done = subprocess.run(
             [str(SCRIPT), str(tmp_path / "walk"), str(free_port())],
-            env={**os.environ, **guard.mark, "PATH": search, "COLUMNS": "100", "NO_COLOR": "1"},
+            env={**os.environ, **guard.mark, "PATH": search, "COLUMNS": "300", "NO_COLOR": "1"},
             capture_output=True,
             text=True,
             timeout=800,

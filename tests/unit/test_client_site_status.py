@@ -32,7 +32,8 @@ def hospital(tmp_path: Path, tiny_model_dir: Path) -> Hospital:
 
 def _printed(folder: Path) -> str:
     text = io.StringIO()
-    console = Console(width=100, file=text)
+    # A test's folder has a long name.
+    console = Console(width=300, file=text)
     for part in status_tables(site_status(load_site_config(folder))):
         console.print(part)
     return text.getvalue()
