@@ -94,6 +94,12 @@ def _sent(result: Any, messenger: Any, tasks: Any, **named: Any) -> dict[str, An
     )
 
 
+def _messenger(module: ModuleType) -> None:
+    _around("send", module.Messenger, "send", _sent)
+    # Flower's own fetching of what has come, object by object.
+    _around("fetch", module.Messenger, "_fetch", lambda result, *asked: {} if result else None)
+
+
 def _taken(result: Any, going: Any, answer: Any) -> dict[str, Any]:
     task = answer.sent.task
     return {"round": task.server_round, "site": task.site}
@@ -141,7 +147,7 @@ def _node(module: ModuleType) -> None:
 
 
 _WRAPS: dict[str, Callable[[ModuleType], None]] = {
-    "server.messenger": lambda m: _around("send", m.Messenger, "send", _sent),
+    "server.messenger": _messenger,
     "server.open_round": lambda m: _around("take", m.OpenRound, "_take", _taken),
     "server.aggregation": _merge,
     "flwr.supernode.start_client_internal": _supernode,

@@ -55,7 +55,8 @@ LEGS = (
     ("agent-end", "relay-end", "ours", "from the agent"),
     ("relay-end", "push_message-end", "Flower", "ClientApp hands the reply over"),
     ("push_message-end", "push-end", "Flower", "SuperNode sends it"),
-    ("push-end", "take", "ours", "coordinator asks again, fetches"),
+    ("push-end", "fetch", "ours", "coordinator asks again"),
+    ("fetch", "take", "Flower", "coordinator fetches it, object by object"),
     ("take", "take-end", "ours", "screening"),
     ("take-end", "merge-end", "ours", "merge"),
 )
@@ -103,6 +104,7 @@ def read_rounds(marks: Sequence[Mark], *, sites: dict[str, str]) -> list[Round]:
             if m.name == "take" and m.said == last.said
         )  # fmt: skip
         way["send-end"] = next(m.at for m in marks if m.name == "send-end" and m.at >= send.at)
+        way["fetch"] = max(m.at for m in marks if m.name == "fetch" and m.at < way["take"])
         legs = tuple(way[end] - way[begin] for begin, end, _, _ in LEGS)
         rounds.append(Round(number, legs, ends - send.at))
     return rounds
