@@ -30,5 +30,6 @@ class TomlSection(BaseModel):
 def bad_keys(error: ValidationError) -> str:
     """Return a line for each bad key: its dotted name, and what is wrong with it."""
     return "\n".join(
-        f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+        f"  {'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
     )

@@ -105,8 +105,8 @@ def revoke(
             Roster(one for one in roster.values() if one.site != site).save(coordinator.roster_file)
         last = revocations.of_site(site)
         if last is None:
-            named = ", ".join(roster) or "nobody"
-            raise ConfigError(f"no site {site!r} is enrolled; enrolled: {named}")
+            named = f"enrolled are {', '.join(roster)}" if roster else "there is none yet"
+            raise ConfigError(f"no site {site!r} is enrolled; {named}")
         _note_once(coordinator, "revoked", site, key=last.public_key, why=last.why)
         _unregister_revoked(coordinator)
     return Revoked(site, again=entry is None, node_known=bool(last.node_key))

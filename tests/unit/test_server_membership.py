@@ -174,7 +174,7 @@ def test_revoking_who_was_never_there_names_who_is(
     coordinator: Coordinator, flower: Flower
 ) -> None:
     enrol(coordinator, _enrolment("oslo"))
-    with pytest.raises(ConfigError, match="no site 'bern' is enrolled; enrolled: oslo"):
+    with pytest.raises(ConfigError, match="no site 'bern' is enrolled; enrolled are oslo"):
         revoke(coordinator, "bern")
 
 
