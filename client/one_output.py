@@ -16,7 +16,7 @@ from functools import partial
 from client.egress import CheckedAdapter, check_adapter
 from client.gate import Gate
 from client.ledger import Ledger, LedgerRow
-from client.outbox import Outbox, Outcome
+from client.outbox import KEPT_ROUNDS, Outbox, Outcome
 from client.plan import TaskPlan
 from client.replies import FailedTaskError, in_words
 from client.site_config import SiteConfig
@@ -109,6 +109,7 @@ class OneOutput:
                     "nobody waits for this task any more, or it was stopped here; its one output is kept"
                 )
             self._ledger.release(task.task_id)
+            self._forget_old(task)
         if outcome.failure:
             raise FailedTaskError(outcome.failure)
         # The file may have been exchanged since it was written.
@@ -139,6 +140,12 @@ class OneOutput:
                 )
                 self._outbox.store(row.task_id, Outcome(b"", {}, failure=OvertakenError.code))
                 self._ledger.release(row.task_id)
+
+    def _forget_old(self, task: Task) -> None:
+        """Keep the replies that a coordinator may still ask for, going on from an earlier checkpoint."""
+        for row in self._gate.own_rows(task.run_uid):
+            if row.server_round <= task.server_round - KEPT_ROUNDS:
+                self._outbox.forget(row.task_id, failure=OvertakenError.code)
 
     def _train_once(
         self,

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from common.files import Buffer, fsync_folder, write_atomically
 
+# Replies of a run's newest rounds that are kept to be sent again: a coordinator may go on from an earlier
+# checkpoint, of which it keeps three by default.
+KEPT_ROUNDS = 4
 _ABANDONED_S = 24 * 3600.0
 _ADAPTER, _REST = "adapter.safetensors", "rest.json"
 
@@ -49,11 +52,30 @@ class Outbox:
         if not folder.is_dir():
             return None
         rest = json.loads((folder / _REST).read_text())
-        return Outcome(_map(folder / _ADAPTER), rest["numbers"], rest["failure"])
+        if rest["failure"]:
+            return Outcome(b"", {}, rest["failure"])
+        return Outcome(_map(folder / _ADAPTER), rest["numbers"])
 
     def holds(self, task_id: str) -> bool:
         """Whether an outcome is stored for a task."""
         return (self._folder / task_id).is_dir()
+
+    def forget(self, task_id: str, *, failure: str) -> None:
+        """Let go of a stored adapter: from now on the task's answer is a code, as of one that failed.
+
+        One that failed keeps its own code; one that is not there, or was let go of, is left as it is.
+        """
+        adapter = self._folder / task_id / _ADAPTER
+        if not adapter.exists():
+            return
+        rest = adapter.with_name(_REST)
+        if not json.loads(rest.read_text())["failure"]:
+            # First: cut off in between, the adapter is there and never found.
+            content = json.dumps({"numbers": {}, "failure": failure}).encode()
+            write_atomically(rest, content, mode=0o600)
+        # Whoever still reads it keeps it until then.
+        adapter.unlink()
+        fsync_folder(adapter.parent)
 
     def store(self, task_id: str, outcome: Outcome) -> Outcome:
         """Keep an outcome durably and return the one that stands, as `find` does.

@@ -59,3 +59,34 @@ def test_the_folder_is_the_owners_alone(tmp_path: Path) -> None:
 
     assert (tmp_path / "outbox").stat().st_mode & 0o077 == 0
     assert (tmp_path / "outbox" / "task" / "adapter.safetensors").stat().st_mode & 0o077 == 0
+
+
+def test_a_forgotten_adapter_leaves_a_code_and_no_bytes(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    found = outbox.store("task", Outcome(b"adapter", {"steps": 3}))
+    outbox.forget("task", failure="overtaken")
+    # Who still reads it is not disturbed.
+    assert found.adapter == b"adapter"
+    assert outbox.find("task") == Outcome(b"", {}, failure="overtaken")
+    assert [path.name for path in (tmp_path / "outbox" / "task").iterdir()] == ["rest.json"]
+    outbox.forget("task", failure="overtaken")
+    outbox.forget("nobody", failure="overtaken")
+    assert outbox.find("nobody") is None
+
+
+def test_forgetting_that_was_cut_off_is_done_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.store("task", Outcome(b"adapter", {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", _cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            outbox.forget("task", failure="overtaken")
+    assert outbox.find("task") == Outcome(b"", {}, failure="overtaken")
+    outbox.forget("task", failure="overtaken")
+    assert not (tmp_path / "outbox" / "task" / "adapter.safetensors").exists()
+
+
+def _cut_off(path: Path, **kwargs: object) -> None:
+    raise KeyboardInterrupt

@@ -200,3 +200,24 @@ def test_an_adapter_is_taken_for_a_task_that_will_be_trained_and_no_larger(
     expired = hospital.task(expires_at=int(time.time()) - 5)
     forbidden = hospital.task(settings={"train.local-steps": 10**6})
     assert [site.adapter_limit(one, signer) for one in (describe, expired, forbidden)] == [0, 0, 0]
+
+
+def test_the_replies_of_a_runs_newest_rounds_are_kept_and_no_others(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """A hospital's disk would fill up with what no coordinator asks for any more."""
+    hospital = make_hospital(
+        tmp_path / "north", tiny_model_dir,
+        settings={"train.rounds": 6, "privacy.noise-multiplier": 5.0},
+    )  # fmt: skip
+    answers = {round_: _ask(hospital, hospital.task(round_))[1] for round_ in range(1, 7)}
+    kept = list((hospital.folder / "state" / "outbox").glob("*/adapter.safetensors"))
+    assert len(kept) == 4
+    for round_, answer in answers.items():
+        reply, again = _ask(hospital, hospital.task(round_))
+        if round_ <= 2:
+            assert (reply.error_code, again.adapter) == ("overtaken", b"")
+        else:
+            assert (reply.error_code, again.adapter) == ("", answer.adapter)
+    # None of it was charged or trained twice.
+    assert [row.state for row in _rows(hospital)] == ["released"] * 6
