@@ -12,12 +12,13 @@ from rich.filesize import decimal
 
 from client.check_line import CheckLine, failed, passed, warned
 from client.model_size import ModelSize, read_model_size
+from client.outbox import KEPT_ROUNDS
 from client.site_config import SITE_FILE, SiteConfig
 from common.errors import ModelError
 from common.model_folder import check_model_folder, digest_model
 
-# What is sent, what came in, and what is being written.
-_ADAPTERS = 3
+# What is sent, what came in, what is being written, and the replies that are kept.
+_ADAPTERS = 3 + KEPT_ROUNDS
 # Ledger, logs and Flower's own files, however small the adapters are.
 _SPARE_BYTES = 200 * 1000**2
 

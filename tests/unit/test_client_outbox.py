@@ -71,6 +71,9 @@ def test_a_forgotten_adapter_leaves_a_code_and_no_bytes(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "outbox" / "task").iterdir()] == ["rest.json"]
     outbox.forget("task", failure="overtaken")
     outbox.forget("nobody", failure="overtaken")
+    outbox.store("failed", Outcome(b"", {}, failure="training"))
+    outbox.forget("failed", failure="overtaken")
+    assert outbox.find("failed") == Outcome(b"", {}, failure="training")
     assert outbox.find("nobody") is None
 
 
