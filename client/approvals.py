@@ -25,7 +25,7 @@ from typing import Any, Literal
 from client.cost import RunCost
 from client.policy import check_run_uid
 from common.canonical import canonical_json, from_canonical
-from common.config import RunConfig, Scalar
+from common.config import SET_BY_ROUND, RunConfig, Scalar
 from common.errors import ApprovalError, ConfigError, PolicyError
 from common.files import write_atomically
 
@@ -40,7 +40,7 @@ class Plan:
     """What a run asks of this site over its whole length.
 
     coordinator: the public key that signed it, 64 hex digits. max_rank: the highest lora.rank of its
-    tasks. settings: every other dotted key that a site is sent.
+    tasks. settings: every dotted key that a site is sent, less those that a round sets.
     """
 
     run_uid: str
@@ -87,8 +87,7 @@ def plan_of(
     run: the task's settings. coordinator: the key that signed the task. max_rank: policy.max-rank,
     above which the coordinator is never answered.
     """
-    settings = run.for_sites()
-    del settings["lora.rank"]
+    settings = {k: v for k, v in run.for_sites().items() if k not in SET_BY_ROUND}
     return Plan(run_uid, coordinator, base_digest, min(run.lora.rank, max_rank), settings)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from common.config import LoraSection
 from common.errors import ProtocolError, ShapeError
 from common.files import Buffer
 
@@ -45,15 +46,18 @@ class AdapterState:
     """Factor pairs by module name, all of one rank, and the scaling that multiplies B @ A.
 
     pairs: module name as in the base model ("model.layers.0.self_attn.q_proj") -> LoraPair.
-    scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA. own_scalings: of the modules that have an alpha
+    of their own (lora.alpha-pattern).
     Raises ShapeError when the factors of a module do not fit, or ranks differ.
     """
 
     pairs: Mapping[str, LoraPair]
     scaling: float
+    own_scalings: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", MappingProxyType(dict(sorted(self.pairs.items()))))
+        object.__setattr__(self, "own_scalings", MappingProxyType(dict(self.own_scalings)))
         if not self.pairs:
             raise ShapeError("an adapter needs at least one module")
         for name, pair in self.pairs.items():
@@ -71,6 +75,10 @@ class AdapterState:
     def size_bytes(self) -> int:
         """Bytes of all factors in float32."""
         return sum(pair.A.nbytes + pair.B.nbytes for pair in self.pairs.values())
+
+    def scaling_of(self, module: str) -> float:
+        """Return what multiplies B @ A of a module."""
+        return self.own_scalings.get(module, self.scaling)
 
     def tensors(self) -> dict[str, Float32]:
         """Return PEFT's tensor names -> float32 arrays, sorted by name."""
@@ -94,10 +102,10 @@ class AdapterState:
     def product_norm_bound(self) -> float:
         """Return an upper bound of every module's Frobenius norm of scaling * B @ A."""
         return max(
-            self.scaling
+            self.scaling_of(name)
             * float(np.linalg.norm(pair.A.astype(np.float64)))
             * float(np.linalg.norm(pair.B.astype(np.float64)))
-            for pair in self.pairs.values()
+            for name, pair in self.pairs.items()
         )
 
     def is_finite(self) -> bool:
@@ -112,16 +120,17 @@ class AdapterState:
 class AdapterShape:
     """What an adapter of a given base and LoRA setting must look like.
 
-    modules: module name -> (d_out, d_in).
+    modules: module name -> (d_out, d_in). scaling, own_scalings: as in AdapterState.
     """
 
     modules: Mapping[str, tuple[int, int]]
     rank: int
     scaling: float
+    own_scalings: Mapping[str, float] = field(default_factory=dict)
 
-    def at_rank(self, rank: int, *, scaling: float) -> AdapterShape:
-        """Return the same modules at another rank."""
-        return AdapterShape(self.modules, rank, scaling)
+    def at_rank(self, rank: int, *, lora: LoraSection) -> AdapterShape:
+        """Return the same modules at another rank, scaled as a LoRA setting says."""
+        return adapter_shape_of(self.modules, rank=rank, lora=lora)
 
     @property
     def size_bytes(self) -> int:
@@ -143,6 +152,21 @@ class AdapterShape:
     def safetensors_size(self) -> int:
         """Return the bytes of the wire form of every adapter of this shape, to the byte."""
         return len(self.safetensors_header()) + self.size_bytes
+
+
+def adapter_shape_of(
+    modules: Mapping[str, tuple[int, int]], *, rank: int, lora: LoraSection
+) -> AdapterShape:
+    """Return what an adapter on some modules looks like at a rank. modules: name -> (d_out, d_in)."""
+
+    def scaling(alpha: float) -> float:
+        return lora_scaling(alpha=alpha, rank=rank, use_rslora=lora.use_rslora)
+
+    own: dict[str, float] = {}
+    for ending, alpha in reversed(lora.alphas.items()):
+        # As in PEFT: whole parts of the name, from its end, and the first pattern that fits counts.
+        own |= {n: scaling(alpha) for n in modules if n == ending or n.endswith(f".{ending}")}
+    return AdapterShape(modules, rank, scaling(lora.alpha), own)
 
 
 def lora_scaling(*, alpha: float, rank: int, use_rslora: bool) -> float:
@@ -233,4 +257,4 @@ def state_from_tensors(tensors: Mapping[str, Float32], *, shape: AdapterShape) -
         name: LoraPair(tensors[f"{_PREFIX}{name}{_A}"], tensors[f"{_PREFIX}{name}{_B}"])
         for name in shape.modules
     }
-    return AdapterState(pairs, shape.scaling)
+    return AdapterState(pairs, shape.scaling, shape.own_scalings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,9 @@ Scalar: TypeAlias = bool | int | float | str
 COORDINATOR_ONLY = ("evaluation.", "export.", "checkpoint.")
 
 # Sections of which each site is sent a signed copy in its task.
-SENT_TO_SITES = ("model.", "lora.", "data.", "train.", "privacy.")
+SENT_TO_SITES = ("model.", "lora.", "data.", "train.", "privacy.", "round.")
+# Of these, what may differ from one round of a run to the next, and from one site to another.
+SET_BY_ROUND = ("lora.rank", "round.trained-factors", "round.frozen-rank")
 
 
 class _Section(TomlSection):
@@ -58,6 +61,9 @@ class LoraSection(_Section):
     rank: int = Field(8, ge=1)
     # The update is scaled by alpha / rank; 2 x rank is the common choice.
     alpha: float = Field(16.0, gt=0)
+    # Modules with another alpha, as "q_proj=32,layers.0.mlp.down_proj=8": ends of module names, as in
+    # PEFT's alpha_pattern. For layers that should learn faster or slower than the rest.
+    alpha_pattern: str = ""
     # Regularises long runs on little data; 0 keeps steps comparable.
     dropout: float = Field(0.0, ge=0, lt=1)
     # "all-linear" fits best per step; "q_proj,v_proj" halves upload and DP noise.
@@ -66,6 +72,33 @@ class LoraSection(_Section):
     use_rslora: bool = False
     # DoRA (2402.09353); refused under DP, where its magnitude has no per-sample gradient.
     use_dora: bool = False
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _well_formed(cls, value: str) -> str:
+        _parse_alphas(value)
+        return value
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The end of a module's name -> its own alpha, from alpha_pattern; the first that fits counts."""
+        return _parse_alphas(self.alpha_pattern)
+
+
+def _parse_alphas(text: str) -> dict[str, float]:
+    alphas: dict[str, float] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (part.strip() for part in entry.partition("="))
+        try:
+            alpha = float(number)
+        except ValueError:
+            alpha = math.nan
+        if not re.fullmatch(r"\w+(\.\w+)*", name) or not 0 < alpha < math.inf:
+            raise ValueError(f"{entry!r} is not NAME=ALPHA, as in 'q_proj=32,down_proj=8'")
+        if name in alphas:
+            raise ValueError(f"{name!r} has two alphas; keep one")
+        alphas[name] = alpha
+    return alphas
 
 
 class DataSection(_Section):
@@ -172,12 +205,32 @@ class CheckpointSection(_Section):
 
 
 class AggregationSection(_Section):
-    """How updates become one adapter."""
+    """How updates become one adapter (server/aggregation)."""
 
-    # svd: best rank-r approximation of the mean update, any mix of ranks; weighted: mean of factors.
-    method: Literal["svd", "weighted"] = "svd"
+    # svd: best rank-r approximation of the mean update, any mix of ranks. weighted: mean of the factors.
+    # stack: exact, the adapter grows by every site's rank. ffa, fedsvd: only B is trained, exact, and half
+    # the DP noise. rolora: B and A by turns. fedex: mean of the factors, and what it misses sent beside it.
+    method: Literal["svd", "weighted", "stack", "ffa", "fedsvd", "rolora", "fedex"] = "svd"
     # declared-size weighs by the public size of each site's data; equal counts each site once.
     weighting: Literal["declared-size", "equal"] = "declared-size"
+    # norm-clip: no update counts for more than clip-norm; geometric-median: nearly half of the weight may
+    # be wrong altogether, and the mean is lost where honest sites differ much.
+    robust: Literal["none", "norm-clip", "geometric-median"] = "none"
+    # Frobenius norm of a whole update, all modules together; 0 takes the median of the round's updates.
+    clip_norm: float = Field(0.0, ge=0)
+    # A site whose update is larger (same norm) is refused; 0 refuses only what no float32 can hold.
+    max_update_norm: float = Field(0.0, ge=0)
+    # Carries so much of each round's update into the next: faster on steady progress, unsteady on noise.
+    server_momentum: float = Field(0.0, ge=0, lt=1)
+
+
+class RoundSection(_Section):
+    """What one round asks of a site; the coordinator says it by aggregation.method, RUN.toml never."""
+
+    # The factors that are trained; the other one stays as it was sent.
+    trained_factors: Literal["both", "a", "b"] = "both"
+    # So many ranks of the adapter that is sent, its last ones, are not trained and not sent back.
+    frozen_rank: int = Field(0, ge=0)
 
 
 class EvaluationSection(_Section):
@@ -226,6 +279,7 @@ class RunConfig(_Section):
     federation: FederationSection = FederationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     aggregation: AggregationSection = AggregationSection()
+    round: RoundSection = RoundSection()
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
     run: RunSection = RunSection()
@@ -307,6 +361,17 @@ def _contradictions(config: RunConfig) -> Iterable[str]:
         yield (
             f"federation.quorum = {config.federation.quorum} is above federation.min-sites = "
             f"{config.federation.min_sites}: a round may start that can never reach it"
+        )
+    factor_means = ("weighted", "rolora", "fedex")
+    if config.aggregation.server_momentum and config.aggregation.method in factor_means:
+        yield (
+            f"aggregation.server-momentum = {config.aggregation.server_momentum} is of whole updates, and "
+            f"aggregation.method = {config.aggregation.method!r} averages factors; use 0, or 'svd'"
+        )
+    if config.aggregation.clip_norm and config.aggregation.robust != "norm-clip":
+        yield (
+            f"aggregation.clip-norm = {config.aggregation.clip_norm} does nothing with aggregation.robust = "
+            f"{config.aggregation.robust!r}; set that to 'norm-clip', or this to 0"
         )
     chosen_by_loss = config.evaluation.patience or config.export.round == "best"
     if chosen_by_loss and not config.evaluation.central_data:

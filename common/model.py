@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from common.adapter import AdapterShape, AdapterState, lora_scaling, state_from_tensors
+from common.adapter import AdapterShape, AdapterState, adapter_shape_of, state_from_tensors
 from common.config import LoraSection, ModelSection
 from common.errors import ModelError
 from common.model_folder import check_digest, digest_model
@@ -130,6 +130,7 @@ def peft_config(lora: LoraSection, *, rank: int | None = None) -> Any:
         task_type="CAUSAL_LM",
         r=rank or lora.rank,
         lora_alpha=lora.alpha,
+        alpha_pattern=lora.alphas,
         lora_dropout=lora.dropout,
         target_modules=(
             targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
@@ -152,6 +153,12 @@ def check_targets(base: BaseModel, lora: LoraSection, *, rank: int) -> None:
                 f"lora.target-modules {unmatched} match no layer; this model has {found}"
             )
         layers = {n: s for n, s in layers.items() if n.split(".")[-1] in wanted}
+    for ending in lora.alphas:
+        if not any(name == ending or name.endswith(f".{ending}") for name in layers):
+            raise ModelError(
+                f"lora.alpha-pattern names {ending!r}, and no layer that is trained is called so; the "
+                f"trained ones end in {sorted({name.split('.')[-1] for name in layers})}"
+            )
     for name, (d_out, d_in) in layers.items():
         if rank > min(d_out, d_in):
             raise ModelError(
@@ -202,8 +209,8 @@ def shape_of(model: nn.Module, lora: LoraSection, rank: int) -> AdapterShape:
     for name, parameter in _lora_parameters(model).items():
         module, factor = name.removeprefix("base_model.model.").split(".lora_")
         sides.setdefault(module, {})[factor[0]] = parameter.shape[1 if factor[0] == "A" else 0]
-    scaling = lora_scaling(alpha=lora.alpha, rank=rank, use_rslora=lora.use_rslora)
-    return AdapterShape({n: (s["B"], s["A"]) for n, s in sides.items()}, rank, scaling)
+    modules = {name: (side["B"], side["A"]) for name, side in sides.items()}
+    return adapter_shape_of(modules, rank=rank, lora=lora)
 
 
 def _is_quantized(module: nn.Module) -> bool:

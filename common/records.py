@@ -33,7 +33,7 @@ from common.files import Buffer, is_disk_full
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey, verify, verify_any
 
 # Raised whenever a field or its meaning changes; a site refuses any other and says so in words.
-PROTOCOL = 2
+PROTOCOL = 3
 
 TaskKind = Literal["describe", "train"]
 

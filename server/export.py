@@ -22,11 +22,18 @@ def export_adapter(state: AdapterState, folder: Path, *, lora: LoraSection, base
     the scaling. Raises OSError, leaving what was there, when the disk is full.
     """
     pairs = {
-        name: LoraPair(pair.A, (pair.B * np.float32(state.scaling)).astype(np.float32))
+        name: LoraPair(pair.A, (pair.B * np.float32(state.scaling_of(name))).astype(np.float32))
         for name, pair in state.pairs.items()
     }
     config = peft_config(
-        lora.model_copy(update={"alpha": float(state.rank), "use_rslora": False, "dropout": 0.0}),
+        lora.model_copy(
+            update={
+                "alpha": float(state.rank),
+                "alpha_pattern": "",
+                "use_rslora": False,
+                "dropout": 0.0,
+            }
+        ),
         rank=state.rank,
     )
     config.base_model_name_or_path = base_name

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.adapter import AdapterShape, AdapterState, lora_scaling
+from common.adapter import AdapterShape, AdapterState
 from common.errors import ScreeningError
 from common.records import Envelope, Task, seal_task
 from server.aggregation.types import leading_ranks
@@ -193,7 +193,7 @@ class OpenRound:
         reply = verified_reply(envelope, task=task, site=task.site, roster=roster)
         self._run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
         rank = self._members[task.site].rank
-        shape = self._shape.at_rank(rank, scaling=self._cut(rank)[0].scaling)
+        shape = self._shape.at_rank(rank, lora=self._run.config.lora)
         return screen_update(reply, envelope.adapter, task=task, shape=shape)
 
     def _drop_shut_out(self) -> float:
@@ -227,9 +227,10 @@ class OpenRound:
     def _cut(self, rank: int) -> tuple[AdapterState, bytes, str]:
         """The current adapter at a rank: as a state, as bytes, and its digest."""
         if rank not in self._cuts:
-            lora = self._run.config.lora
-            scaling = lora_scaling(alpha=lora.alpha, rank=rank, use_rslora=lora.use_rslora)
-            cut = leading_ranks(self._current, rank=rank, scaling=scaling)
+            shape = self._shape.at_rank(rank, lora=self._run.config.lora)
+            cut = leading_ranks(
+                self._current, rank=rank, scaling=shape.scaling, own_scalings=shape.own_scalings
+            )
             self._cuts[rank] = (cut, cut.to_safetensors(), cut.digest())
         return self._cuts[rank]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.adapter import AdapterShape, lora_scaling
+from common.adapter import AdapterShape
 from common.audit_log import AuditEntry
 from common.config import RunConfig
 from common.privacy import (
@@ -110,8 +110,7 @@ def _plan_site(
 ) -> SitePlan:
     lora, steps = config.lora, _steps(config, entry)
     rank = lora.rank if most is None else min(most, lora.rank)
-    scaling = lora_scaling(alpha=lora.alpha, rank=rank, use_rslora=lora.use_rslora)
-    one_way = config.train.rounds * shape.at_rank(rank, scaling=scaling).safetensors_size()
+    one_way = config.train.rounds * shape.at_rank(rank, lora=lora).safetensors_size()
     return SitePlan(
         site=entry.site,
         unit=config.privacy.unit,

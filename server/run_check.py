@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import RunConfig
+from common.config import RoundSection, RunConfig
 from common.errors import ConfigError, ConsiliumError
 from common.model_folder import digest_model, resolve_model
 from common.privacy import calibrate_noise, public_sample_rate
@@ -68,6 +68,13 @@ def check_run(
 
     base_dir: what relative paths in the config are relative to. known: model names -> folders.
     """
+    if config.round != RoundSection():
+        problems.add(
+            ConfigError(
+                "round.trained-factors and round.frozen-rank are said anew in each round, by "
+                "aggregation.method; take them out of RUN.toml"
+            )
+        )
     files: list[Path] = []
     with problems.noting():
         found = central_files(config.evaluation.central_data, relative_to=base_dir)

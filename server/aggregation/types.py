@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from common.adapter import AdapterState, LoraPair
 from common.errors import ShapeError
@@ -44,22 +45,26 @@ def normalised_weights(updates: Sequence[SiteUpdate]) -> list[float]:
     return [update.weight / total for update in updates]
 
 
-def leading_ranks(state: AdapterState, *, rank: int, scaling: float) -> AdapterState:
+def leading_ranks(
+    state: AdapterState,
+    *,
+    rank: int,
+    scaling: float,
+    own_scalings: Mapping[str, float] = MappingProxyType({}),
+) -> AdapterState:
     """Return the leading `rank` components of an adapter, for a site that holds no more.
 
-    scaling: that site's own; B is divided by it, so that scaling * B @ A is the same product.
+    scaling, own_scalings: that site's own; B is divided by it, so that scaling * B @ A is the same product.
     The factors of an SVD merge are ordered, so that the leading ones are the best.
     Raises ShapeError when rank is above the adapter's.
     """
     if rank > state.rank:
         raise ShapeError(f"rank {rank} cannot be cut from an adapter of rank {state.rank}")
-    if rank == state.rank and scaling == state.scaling:
+    if (rank, scaling, own_scalings) == (state.rank, state.scaling, state.own_scalings):
         return state
-    factor = state.scaling / scaling
-    pairs = {
-        name: LoraPair(
-            pair.A[:rank].copy(), (pair.B[:, :rank] * factor).astype(pair.B.dtype, copy=False)
-        )
-        for name, pair in state.pairs.items()
-    }
-    return AdapterState(pairs, scaling)
+    pairs = {}
+    for name, pair in state.pairs.items():
+        factor = state.scaling_of(name) / own_scalings.get(name, scaling)
+        b = (pair.B[:, :rank] * factor).astype(pair.B.dtype, copy=False)
+        pairs[name] = LoraPair(pair.A[:rank].copy(), b)
+    return AdapterState(pairs, scaling, own_scalings)

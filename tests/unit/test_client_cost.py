@@ -15,7 +15,7 @@ import torch
 import client.cost
 from client.cost import RunCost, Speeds, run_cost
 from common.adapter import AdapterShape
-from common.config import RunConfig
+from common.config import LoraSection, RunConfig
 from common.planned_model import PlannedModel
 from common.privacy import GaussianSteps, compose_epsilon
 
@@ -108,7 +108,7 @@ def test_another_model_or_rank_has_its_own_speed(speeds: Speeds) -> None:
     speeds.add(MODEL, _run(), seconds=40.0)
 
     other = PlannedModel("other", SHAPE, 1000)
-    higher = PlannedModel("digest", SHAPE.at_rank(3, scaling=1.0), 1000)
+    higher = PlannedModel("digest", SHAPE.at_rank(3, lora=LoraSection()), 1000)
     assert speeds.seconds_per_record(other, _run()) is None
     assert speeds.seconds_per_record(higher, _run()) is None
 

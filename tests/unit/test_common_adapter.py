@@ -18,11 +18,13 @@ from common.adapter import (
     AdapterShape,
     AdapterState,
     LoraPair,
+    adapter_shape_of,
     digest_tensors,
     from_safetensors,
     lora_scaling,
     state_from_tensors,
 )
+from common.config import LoraSection
 from common.errors import ProtocolError, ShapeError
 
 SHAPE = AdapterShape({"q": (3, 4), "v": (2, 4)}, rank=2, scaling=2.0)
@@ -48,7 +50,7 @@ def test_shape_and_state_agree_on_rank_and_size() -> None:
     assert STATE.rank == SHAPE.rank == 2
     # q: 2 x (3 + 4) values, v: 2 x (2 + 4) values, 4 bytes each.
     assert STATE.size_bytes == SHAPE.size_bytes == 4 * (14 + 12)
-    assert SHAPE.at_rank(1, scaling=5.0) == AdapterShape(SHAPE.modules, 1, 5.0)
+    assert SHAPE.at_rank(1, lora=LoraSection(alpha=5)) == AdapterShape(SHAPE.modules, 1, 5.0)
 
 
 def test_tensor_names_are_pefts() -> None:
@@ -225,3 +227,15 @@ def test_named_tensors_become_the_state_that_they_came_from() -> None:
 
     assert found.digest() == STATE.digest()
     assert list(found.pairs) == ["q", "v"]
+
+
+def test_modules_that_a_pattern_names_have_a_scaling_of_their_own() -> None:
+    modules = {"layers.0.q_proj": (4, 4), "layers.1.q_proj": (4, 4), "layers.1.xq_proj": (4, 4)}
+    lora = LoraSection(alpha=8, alpha_pattern="1.q_proj=2, q_proj = 32", use_rslora=True)
+    shape = adapter_shape_of(modules, rank=4, lora=lora)
+    assert shape.scaling == 4.0
+    assert shape.own_scalings == {"layers.0.q_proj": 16.0, "layers.1.q_proj": 1.0}
+    tensors = {n: np.zeros(s, np.float32) for n, s in shape.tensor_shapes().items()}
+    state = state_from_tensors(tensors, shape=shape)
+    found = [state.scaling_of(name) for name in modules]
+    assert found == [16.0, 1.0, 4.0]

@@ -293,3 +293,21 @@ def test_a_patients_records_must_fit_into_one_micro_batch() -> None:
     assert RunConfig.parse({**patients, "privacy.max-records-per-patient": 4}).use_dp
     with pytest.raises(ConfigError, match="a patient's records are never split"):
         RunConfig.parse({**patients, "privacy.max-records-per-patient": 5})
+
+
+@pytest.mark.parametrize("text", ["q_proj", "q_proj=0", "q_proj=inf", "a b=3", "q=1,q=2", "=3"])
+def test_a_malformed_alpha_pattern_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="lora.alpha-pattern"):
+        RunConfig.parse({"lora.alpha-pattern": text})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"aggregation.method": "weighted", "aggregation.server-momentum": 0.9}, "server-momentum"),
+        ({"aggregation.clip-norm": 1.0}, "clip-norm"),
+    ],
+)
+def test_aggregation_settings_that_would_do_nothing_are_refused(changes, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"aggregation.{key}"):
+        RunConfig.parse(changes)

@@ -197,7 +197,7 @@ def test_sites_are_asked_with_the_runs_own_settings(clock: FakeClock, tmp_path: 
     assert (asked.kind, asked.site, asked.server_round) == ("describe", "", 0)
     assert (asked.run_uid, asked.base_digest) == ("run-7", "base")
     assert {key.split(".")[0] for key in asked.config} == {
-        "model", "lora", "data", "train", "privacy",
+        "model", "lora", "data", "train", "privacy", "round",
     }  # fmt: skip
     room.federation.run_round(CURRENT, server_round=1)
     trained, cut = (room.sites[name].tasks[0].config for name in ("bern", "oslo"))

@@ -72,7 +72,7 @@ def test_a_task_holds_what_the_site_needs_and_nothing_of_the_coordinators(
     assert task.adapter_digest == CURRENT.digest()
     assert task.expires_at >= clock.time() + 60
     sections = {key.split(".")[0] for key in task.config}
-    assert sections == {"model", "lora", "data", "train", "privacy"}
+    assert sections == {"model", "lora", "data", "train", "privacy", "round"}
 
 
 @pytest.mark.parametrize(
