@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,24 @@ class LoraPair:
     def rank(self) -> int:
         """Rows of A, columns of B."""
         return int(self.A.shape[0])
+
+
+class FactorSource(Protocol):
+    """Where the factors of an adapter come from, one module at a time: memory, or a file."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of every module."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, sorted."""
+
+    def scaling_of(self, module: str) -> float:
+        """Return what multiplies B @ A of a module."""
+
+    def pair(self, module: str) -> LoraPair:
+        """Return the factors of a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +94,15 @@ class AdapterState:
     def size_bytes(self) -> int:
         """Bytes of all factors in float32."""
         return sum(pair.A.nbytes + pair.B.nbytes for pair in self.pairs.values())
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, sorted."""
+        return tuple(self.pairs)
+
+    def pair(self, module: str) -> LoraPair:
+        """Return the factors of a module."""
+        return self.pairs[module]
 
     def scaling_of(self, module: str) -> float:
         """Return what multiplies B @ A of a module."""

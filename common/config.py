@@ -362,11 +362,12 @@ def _contradictions(config: RunConfig) -> Iterable[str]:
             f"federation.quorum = {config.federation.quorum} is above federation.min-sites = "
             f"{config.federation.min_sites}: a round may start that can never reach it"
         )
-    factor_means = ("weighted", "rolora", "fedex")
-    if config.aggregation.server_momentum and config.aggregation.method in factor_means:
+    with_momentum = ("svd", "ffa", "fedsvd")
+    if config.aggregation.server_momentum and config.aggregation.method not in with_momentum:
         yield (
-            f"aggregation.server-momentum = {config.aggregation.server_momentum} is of whole updates, and "
-            f"aggregation.method = {config.aggregation.method!r} averages factors; use 0, or 'svd'"
+            f"aggregation.server-momentum = {config.aggregation.server_momentum} is kept at lora.rank, of "
+            f"whole updates: aggregation.method = {config.aggregation.method!r} has none; use 0, or one of "
+            f"{', '.join(with_momentum)}"
         )
     if config.aggregation.clip_norm and config.aggregation.robust != "norm-clip":
         yield (

@@ -1,6 +1,7 @@
 """One atomic, durable checkpoint after every merge.
 
 checkpoints/round-0003/ adapter.safetensors  state.json  SHA256SUMS     (appears by a single rename)
+                        velocity.safetensors                            (with server momentum)
 
 SHA256SUMS is in the form that `sha256sum --check` reads: a damaged checkpoint is found by it.
 """
@@ -13,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from common.files import fsync_folder, write_atomically
 logger = logging.getLogger(__name__)
 
 _ADAPTER, _STATE, _SUMS = "adapter.safetensors", "state.json", "SHA256SUMS"
+_VELOCITY = "velocity.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Checkpoint:
 
     progress: what summary.json is made of, history and privacy report of all rounds among it. The round
     is the schedule's position too: optimizer state does not cross rounds, and selection and learning rate
-    follow from round and seed. roster: digest of the roster that the round was run with.
+    follow from round and seed. roster: digest of the roster that the round was run with. velocity: of the
+    server's momentum, None without it.
     """
 
     server_round: int
@@ -40,6 +43,7 @@ class Checkpoint:
     progress: dict[str, Any]
     run_uid: str = ""
     roster: str = ""
+    velocity: AdapterState | None = None
 
 
 def save_checkpoint(
@@ -59,12 +63,15 @@ def save_checkpoint(
             "run": checkpoint.run_uid,
             "roster": checkpoint.roster,
             "adapter_digest": checkpoint.adapter.digest(),
+            "rank": checkpoint.adapter.rank,
             "progress": checkpoint.progress,
         }
         contents = {
             _ADAPTER: checkpoint.adapter.to_safetensors(),
             _STATE: json.dumps(state).encode(),
         }
+        if checkpoint.velocity is not None:
+            contents[_VELOCITY] = checkpoint.velocity.to_safetensors()
         for name, content in contents.items():
             write_atomically(temporary / name, content)
         sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in contents.items()]
@@ -110,17 +117,24 @@ def load_round(folder: Path, server_round: int, *, shape: AdapterShape) -> Check
 
 
 def _load(path: Path, *, shape: AdapterShape) -> Checkpoint:
-    contents = {name: (path / name).read_bytes() for name in (_ADAPTER, _STATE)}
     sums = dict(line.split("  ")[::-1] for line in (path / _SUMS).read_text().splitlines())
+    contents = {name: (path / name).read_bytes() for name in {_ADAPTER, _STATE, *sums}}
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != sums[name]:
             raise CheckpointError(f"{name} is not what was saved")
     state = json.loads(contents[_STATE])
-    adapter = from_safetensors(contents[_ADAPTER], shape=shape)
+    # Some methods let the adapter grow; its scaling stays that of lora.rank.
+    adapter = from_safetensors(contents[_ADAPTER], shape=replace(shape, rank=int(state["rank"])))
     if adapter.digest() != state["adapter_digest"]:
         raise CheckpointError("the adapter is not the one that was saved")
+    velocity = contents.get(_VELOCITY)
     return Checkpoint(
-        int(state["round"]), adapter, state["progress"], state["run"], state["roster"]
+        int(state["round"]),
+        adapter,
+        state["progress"],
+        state["run"],
+        state["roster"],
+        None if velocity is None else from_safetensors(velocity, shape=shape),
     )
 
 

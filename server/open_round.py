@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.adapter import AdapterShape, AdapterState
+from common.config import Scalar
 from common.errors import ScreeningError
 from common.records import Envelope, Task, seal_task
-from server.aggregation.types import leading_ranks
+from server.aggregation import METHODS, leading_ranks
 from server.gathering import Member
 from server.messenger import Answer, Messenger
 from server.roster import RosterEntry
@@ -73,6 +74,7 @@ class OpenRound:
         self._current = current
         self._shape = shape
         self._round = server_round
+        self._method = METHODS[run.config.aggregation.method]
         self._started = time.monotonic()
         self._bytes_down = self._bytes_up = 0
         # By rank: what is sent to those who hold it.
@@ -140,7 +142,7 @@ class OpenRound:
                 expires_at=int(expires_s) + 1,
                 base_digest=self._run.base_digest,
                 adapter_digest=digest,
-                config={**self._run.config.for_sites(), "lora.rank": member.rank},
+                config={**self._run.config.for_sites(), **self._asked_of(member)},
                 seen=seen.get(member.site),
                 audit_head=self._run.audit.head(),
             )
@@ -152,6 +154,15 @@ class OpenRound:
         self._bytes_down += sum(envelope.size_bytes for _, envelope in tasks.values())
         # Longer than anybody waits, so that what is late can be named.
         self._messenger.send(tasks, ttl_s=2 * self._run.config.federation.deadline_s + 60)
+
+    def _asked_of(self, member: Member) -> dict[str, Scalar]:
+        """What this round sets in a site's task (common.config.SET_BY_ROUND)."""
+        frozen_rank = self._cut(member.rank)[0].rank - member.rank
+        return {
+            "lora.rank": member.rank,
+            "round.trained-factors": self._method.trained(self._round),
+            "round.frozen-rank": frozen_rank,
+        }
 
     def _take(self, answer: Answer) -> str:
         """Take in one answer and return why it was refused, "" when it was not."""
@@ -225,11 +236,14 @@ class OpenRound:
         self._run.audit.note("refused", run=self._run.uid, attempt=attempt, **place)
 
     def _cut(self, rank: int) -> tuple[AdapterState, bytes, str]:
-        """The current adapter at a rank: as a state, as bytes, and its digest."""
+        """What a site that trains a rank is sent: as a state, as bytes, and its digest."""
         if rank not in self._cuts:
             shape = self._shape.at_rank(rank, lora=self._run.config.lora)
             cut = leading_ranks(
-                self._current, rank=rank, scaling=shape.scaling, own_scalings=shape.own_scalings
+                self._current,
+                rank=self._current.rank if self._method.sends_all else rank,
+                scaling=shape.scaling,
+                own_scalings=shape.own_scalings,
             )
             self._cuts[rank] = (cut, cut.to_safetensors(), cut.digest())
         return self._cuts[rank]

@@ -29,7 +29,8 @@ from common.model import (
 from common.model_folder import resolve_model
 from common.prompts import Examples, resolve_template
 from common.signing import SigningKey
-from server.aggregation import METHODS, SiteUpdate
+from server.aggregation import METHODS, MergeRules, SiteUpdate, merge
+from server.aggregation.frozen import orthonormal_start
 from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
 from server.evaluation import evaluate, load_central_examples
@@ -177,11 +178,12 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     if checkpoint is not None:
         summary = checkpoint.progress
         current, done = checkpoint.adapter, checkpoint.server_round
+        velocity = checkpoint.velocity
         _complete_trail(plan, history, checkpoint)
         history.record("resumed", round=done, rounds=config.train.rounds)
         _note_start("resumed", plan, current, done=done)
     else:
-        current, done = initial_adapter(base, config.lora, seed=config.train.seed), 0
+        current, done, velocity = _first_adapter(base, config), 0, None
         _note_start("run-started", plan, current, done=done)
         history.record(
             "run-started", run=folder.run_uid, rounds=config.train.rounds, base=base.digest
@@ -195,10 +197,13 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         if _is_over(summary, config):
             break
         replies = federation.run_round(current, server_round=server_round)
-        merge_started = time.monotonic()
-        merged = METHODS[config.aggregation.method](current, _site_updates(replies, plan))
-        current = merged.state
-        merge_s = time.monotonic() - merge_started
+        merged = merge(
+            current,
+            _site_updates(replies, plan),
+            rules=_rules(config),
+            velocity=velocity,
+        )
+        current, velocity = merged.state, merged.velocity
         evaluate_started = time.monotonic()
         last = server_round == config.train.rounds
         due = last or server_round % config.evaluation.every == 0
@@ -207,15 +212,16 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
             server_round,
             replies,
             metrics,
-            discarded_energy=merged.total_discarded,
-            merge_s=merge_s,
+            merge=merged.report,
             evaluate_s=time.monotonic() - evaluate_started,
         )
         add_round(summary, entry, replies, metrics)
         summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
         save_checkpoint(
             folder.checkpoints,
-            Checkpoint(server_round, current, summary, folder.run_uid, plan.roster.digest()),
+            Checkpoint(
+                server_round, current, summary, folder.run_uid, plan.roster.digest(), velocity
+            ),
             keep=config.checkpoint.keep,
             best=None if summary["best"] is None else summary["best"]["round"],
         )
@@ -233,6 +239,21 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     history.record("finished", folder=str(folder.path))
     plan.audit.note("finished", run=folder.run_uid, adapter=exported.digest())
     return summary
+
+
+def _first_adapter(base: BaseModel, config: RunConfig) -> AdapterState:
+    state = initial_adapter(base, config.lora, seed=config.train.seed)
+    return orthonormal_start(state) if METHODS[config.aggregation.method].orthonormal else state
+
+
+def _rules(config: RunConfig) -> MergeRules:
+    section = config.aggregation
+    return MergeRules(
+        method=section.method,
+        robust=section.robust,
+        clip_norm=section.clip_norm,
+        momentum=section.server_momentum,
+    )
 
 
 def _checkpoint_to_continue(plan: RunPlan, history: History) -> Checkpoint | None:
@@ -317,7 +338,6 @@ def _site_updates(replies: RoundReplies, plan: RunPlan) -> list[SiteUpdate]:
         SiteUpdate(
             update.site,
             float(plan.roster[update.site].declared_size) if by_size else 1.0,
-            sent=replies.sent[update.site],
             returned=update.state,
         )
         for update in replies.updates

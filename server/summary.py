@@ -11,6 +11,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.metrics import LanguageMetrics
+from server.aggregation import MergeReport
 from server.open_round import RoundReplies
 
 Summary = dict[str, Any]
@@ -40,11 +41,10 @@ def round_entry(
     replies: RoundReplies,
     metrics: LanguageMetrics | None,
     *,
-    discarded_energy: float,
-    merge_s: float,
+    merge: MergeReport,
     evaluate_s: float,
 ) -> dict[str, Any]:
-    """Return one round in numbers. seconds: of the round's phases."""
+    """Return one round in numbers. evaluate_s: seconds of central evaluation."""
     reported = [update.numbers.get("train-seconds", 0.0) for update in replies.updates]
     train_s = min(max(reported, default=0.0), replies.seconds)
     return {
@@ -54,13 +54,21 @@ def round_entry(
         "sites": [update.site for update in replies.updates],
         "refused": dict(replies.refused),
         "attempts": replies.attempts,
-        "discarded_energy": discarded_energy,
+        "discarded_energy": merge.discarded_energy,
+        "merge": {
+            "method": merge.method,
+            "factor_bias": merge.factor_bias,
+            "worst_module": merge.worst_module,
+            "worst_discarded_energy": merge.worst_discarded_energy,
+            "live_ranks": dict(zip(("min", "median", "max"), merge.live_ranks, strict=True)),
+            "shares": dict(merge.shares),
+        },
         "bytes_up": replies.bytes_up,
         "bytes_down": replies.bytes_down,
         "seconds": {
             "train": round(train_s, 3),
             "wait": round(replies.seconds - train_s, 3),
-            "merge": round(merge_s, 3),
+            "merge": round(merge.seconds, 3),
             "evaluate": round(evaluate_s, 3),
         },
     }

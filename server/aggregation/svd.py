@@ -1,73 +1,74 @@
-"""Best rank-r approximation of the mean update (FlexLoRA 2402.11505, section 3.2).
-
-The mean is taken of products, where it is right, and the factors are cut from it by truncated SVD.
-Sites may hold different ranks.
-"""
+"""Methods that cut the exact mean of the products by singular value decomposition: `svd` and `stack`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from common.adapter import AdapterState, LoraPair
+from common.adapter import LoraPair
 from common.seeding import derive_seed
-from server.aggregation.types import Merged, SiteUpdate, normalised_weights
+from server.aggregation.target import Target
+from server.aggregation.types import Cut
 from server.lowrank import TruncatedSvd, truncated_svd
 
 # Norm of a fresh row of A: that of PEFT's initial one (uniform in +-1/sqrt(d_in)).
 _FRESH_ROW_NORM = 3**-0.5
 
 
-def merge_svd(current: AdapterState, updates: Sequence[SiteUpdate]) -> Merged:
-    """Return the best approximation, at the global rank, of M = W_g + sum w_k (s_k B_k A_k - W_k0).
+def cut_svd(target: Target) -> Cut:
+    """Return the best approximation of M at the global rank, balanced (FlexLoRA 2402.11505, section 3.2).
 
-    current: the global adapter. Exact when M has no more than its rank.
-    Split balanced (U sqrt S, sqrt S V') with B divided by the global scaling; a component with no
-    energy gets a fresh orthonormal row in A and zeros in B, else it could never learn again.
-    Raises ShapeError when there is nothing to merge.
+    Exact when M has no more than that rank; else what is left out are the smallest singular values (Eckart
+    and Young, 1936). Sites may hold different ranks.
     """
-    weights = normalised_weights(updates)
-    everyone_has_all = all(update.sent.rank == current.rank for update in updates)
-    pairs, discarded = {}, {}
-    tail = total = 0.0
-    for name, pair in current.pairs.items():
-        terms: list[tuple[float, LoraPair]] = []
-        if not everyone_has_all:
-            # With equal ranks W_g and the W_k0 cancel exactly.
-            terms.append((current.scaling, pair))
-        for weight, update in zip(weights, updates, strict=True):
-            terms.append((weight * update.returned.scaling, update.returned.pairs[name]))
-            if not everyone_has_all:
-                terms.append((-weight * update.sent.scaling, update.sent.pairs[name]))
-        svd = truncated_svd(
-            [factor * term.B.astype(np.float64) for factor, term in terms],
-            [term.A for _, term in terms],
-            rank=current.rank,
-        )
-        pairs[name] = balanced_split(svd, scaling=current.scaling, name=name)
-        discarded[name] = svd.tail_energy / svd.total_energy if svd.total_energy > 0 else 0.0
-        tail += svd.tail_energy
-        total += svd.total_energy
-    return Merged(
-        AdapterState(pairs, current.scaling), discarded, tail / total if total > 0 else 0.0
-    )
+    return _cut(target, rank=target.rank)
 
 
-def balanced_split(svd: TruncatedSvd, *, scaling: float, name: str) -> LoraPair:
-    """Return (B, A) with scaling * B @ A = U S Vt, dead components made able to learn.
+def cut_stack(target: Target) -> Cut:
+    """Return M itself, as concatenated factors (FLoRA 2409.05976, section 3.2) in the order of its
+    singular values.
 
+    The rank is the sum of the ranks that went in, at most the module's smaller side; the leading ranks, which
+    sites are sent, are the best ones there are.
+    """
+    d_out, d_in = target.mean_sb.shape[0], target.mean_a.shape[1]
+    width = sum(left.shape[1] for left in target.lefts)
+    return _cut(target, rank=min(width, d_out, d_in))
+
+
+def _cut(target: Target, *, rank: int) -> Cut:
+    svd = truncated_svd(target.lefts, target.rights, rank=rank)
+    pair = balanced_split(svd, scaling=target.scaling, name=target.name)
+    return Cut(pair, svd.total_energy, svd.tail_energy, svd.live_rank)
+
+
+def balanced_split(svd: TruncatedSvd, *, scaling: float, name: str, fresh: bool = True) -> LoraPair:
+    """Return (B, A) with scaling * B @ A = U S Vt: A = sqrt(S) V', B = U sqrt(S) / scaling.
+
+    fresh: a component with no energy gets a new orthonormal row in A and zeros in B, as PEFT begins: with
+    zeros in both, where a balanced split puts it, neither factor has a gradient, and it never learns again.
     name: of the module; it seeds the fresh rows, so that a merge is repeatable.
     """
     live = svd.live_rank
     root = np.sqrt(svd.S)
+    root[live:] = 0.0
     a = root[:, None] * svd.Vt
-    b = svd.U * root / scaling
-    if live < len(svd.S):
+    b = svd.U * (root / scaling)
+    # More rows than columns have no orthonormal ones left; they stay zero.
+    wanted = min(len(svd.S), svd.Vt.shape[1]) - live
+    if fresh and wanted > 0:
         random = np.random.default_rng(derive_seed("fresh rows", name))
-        fresh = random.standard_normal((len(svd.S) - live, svd.Vt.shape[1]))
-        fresh -= (fresh @ svd.Vt[:live].T) @ svd.Vt[:live]
-        orthonormal, _ = np.linalg.qr(fresh.T)
-        a[live:] = _FRESH_ROW_NORM * orthonormal.T
-        b[:, live:] = 0.0
+        rows = fresh_rows(random.standard_normal((wanted, svd.Vt.shape[1])), besides=svd.Vt[:live])
+        a[live : live + wanted] = _FRESH_ROW_NORM * rows
     return LoraPair(a.astype(np.float32), b.astype(np.float32))
+
+
+def fresh_rows(
+    candidates: np.typing.NDArray[np.float64], *, besides: np.typing.NDArray[np.float64]
+) -> np.typing.NDArray[np.float64]:
+    """Return orthonormal rows that span what `candidates` (n, d_in) have beside some orthonormal rows."""
+    candidates = candidates - (candidates @ besides.T) @ besides
+    # Twice: what rounding left of them would weigh as much as a small remainder.
+    candidates = candidates - (candidates @ besides.T) @ besides
+    orthonormal, _ = np.linalg.qr(candidates.T)
+    rows: np.typing.NDArray[np.float64] = orthonormal.T
+    return rows

@@ -134,21 +134,17 @@ def _wrap_upload(module: ModuleType, hit: Hit) -> None:
 
 def _merge_wrapper(*, merged: bool) -> Callable[[ModuleType, Hit], None]:
     def wrap(module: ModuleType, hit: Hit) -> None:
-        def around(method: Any) -> Any:
-            def merge(*arguments: Any, **named: Any) -> Any:
-                if not merged:
-                    hit()
-                result = method(*arguments, **named)
-                if merged:
-                    hit()
-                return result
+        original = module.merge
 
-            return merge
+        def merge(*arguments: Any, **named: Any) -> Any:
+            if not merged:
+                hit()
+            result = original(*arguments, **named)
+            if merged:
+                hit()
+            return result
 
-        if not module.METHODS:
-            raise LookupError("METHODS holds no aggregation method")
-        for name, method in list(module.METHODS.items()):
-            module.METHODS[name] = around(method)
+        module.merge = merge  # type: ignore[attr-defined]
 
     return wrap
 
