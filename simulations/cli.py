@@ -12,11 +12,13 @@ import typer
 
 from common.cli import console
 from common.config import flatten, load_run_config, read_toml
-from common.errors import EngineError, QuorumError
+from common.errors import ConfigError, EngineError, QuorumError
+from server.aggregation import METHODS
 from server.history import Listener
 from server.progress import RunProgress
 from server.summary_text import summary_sentences
-from simulations.compare import Arm, Comparison, comparison_table, run_comparison
+from simulations.compare import Arm, Comparison, run_comparison
+from simulations.comparison_table import comparison_table, methods_table
 from simulations.run import EngineName, Simulation, run_simulation
 from simulations.scenario import (
     OwnData,
@@ -55,12 +57,21 @@ def init(
     column: Annotated[str, typer.Option(help="The column to cut by (dirichlet, column).")] = "",
     concentration: Annotated[float, typer.Option(help="Dirichlet: smaller is more skewed.")] = 0.5,
     test_share: Annotated[float, typer.Option(help="Share held back as central test set.")] = 0.1,
+    skew: Annotated[
+        float, typer.Option(help="Synthetic hospitals: 0 alike, 1 of unlike departments.")
+    ] = 0.9,
+    ranks: Annotated[
+        str, typer.Option(help="Ranks that the sites can hold, by turns, as 2,4,8; default: any.")
+    ] = "",
 ) -> None:
     """Make a scenario to start from: run.toml, sites and a central test set."""
     config = load_run_config(SCENARIOS / "synthetic.toml")
     if data is None:
         written = write_synthetic_scenario(
-            folder, SyntheticSpec(num_sites=sites, seed=seed), config
+            folder,
+            SyntheticSpec(num_sites=sites, seed=seed, department_skew=skew),
+            config,
+            ranks=_ranks(ranks),
         )
     else:
         own = OwnData(
@@ -72,9 +83,16 @@ def init(
             test_share=test_share,
             seed=seed,
         )
-        written = write_own_scenario(folder, own, config)
+        written = write_own_scenario(folder, own, config, ranks=_ranks(ranks))
     console.print(f"Wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
     console.print(f"Next: consilium simulate run {folder / 'run.toml'}", soft_wrap=True)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"--ranks {text!r} are not ranks of 1 or more; write them as 2,4,8")
+    return tuple(map(int, words))
 
 
 @app.command()
@@ -125,9 +143,14 @@ def compare(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Default: runs/NAME-comparison.")] = None,
     pooled: Annotated[bool, typer.Option(help="Also train on all records in one place.")] = True,
+    methods: Annotated[
+        str,
+        typer.Option(help=f"Compare ways to merge instead: all, or some of {', '.join(METHODS)}."),
+    ] = "",
+    resume: Annotated[bool, typer.Option(help="Keep the runs that are done, and go on.")] = False,
     force: Force = False,
 ) -> None:
-    """Compare untouched base, each site alone, federated, federated with DP, pooled."""
+    """Compare untouched base, each site alone, federated, federated with DP, pooled; or ways to merge."""
     out = out or Path("runs") / f"{_run_name(run_file)}-comparison"
     _compare(
         Comparison(
@@ -138,9 +161,24 @@ def compare(
             seeds=tuple(range(seeds)),
             dp_changes=flatten(read_toml(dp)) if dp else None,
             pooled=pooled,
+            methods=_methods(methods),
             force=force,
+            resume=resume,
         )
     )
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = (
+        tuple(METHODS) if text == "all" else tuple(n.strip() for n in text.split(",") if n.strip())
+    )
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ConfigError(
+            f"--methods {text!r}: {', '.join(unknown)} is none of {', '.join(METHODS)}; name some of them, "
+            "comma-separated, or all"
+        )
+    return names
 
 
 def _sources(run_file: Path, sites_from: Path | None, patient_id: str) -> list[SourceSite]:
@@ -195,7 +233,7 @@ def _compare(comparison: Comparison) -> None:
         finally:
             for view in running:
                 view.__exit__(None, None, None)
-    console.print(comparison_table(results))
+    console.print(methods_table(results) if comparison.methods else comparison_table(results))
     console.print(
         f"Wrote {comparison.out}: comparison.csv, comparison.json, runs/ (each with its adapter)",
         soft_wrap=True,

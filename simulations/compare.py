@@ -1,8 +1,9 @@
-"""What federation is worth: untouched base, each site alone, federated, federated with DP, pooled.
+"""What federation is worth: untouched base, each site alone, federated, federated with DP, pooled; or what
+one way of merging is worth beside another.
 
 Every arm is a run like any other, with as many optimizer steps for each model that is trained; arms
-differ in which sites take part and in privacy. Each arm starts with fresh site folders, so that one
-arm's budget is no other's.
+differ in which sites take part, in privacy and in aggregation. Each arm starts with fresh site folders, so
+that one arm's budget is no other's.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from common.config import RunConfig, Scalar
+from common.config import RunConfig, Scalar, load_run_config
 from common.errors import ConfigError
 from common.files import write_atomically
 from server.history import Listener
@@ -32,6 +31,8 @@ ALONE, FEDERATED, FEDERATED_DP, POOLED, BASE = (
     "pooled",
     "untouched base",
 )
+# Arms named by their method of aggregation.
+METHOD, METHOD_DP = "method", "method with DP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Comparison:
     """What to compare. dp_changes: what else differs from RUN.toml in the arm with DP.
 
     pooled: whether to train on all records in one place, which no hospital would allow.
+    methods: aggregation methods to compare in place of all that; with DP too where RUN.toml or dp_changes
+    ask for it. resume: keep the arms that are done, and go on with the others.
     """
 
     config: RunConfig
@@ -72,7 +75,9 @@ class Comparison:
     seeds: tuple[int, ...] = (0,)
     dp_changes: Mapping[str, Scalar] | None = None
     pooled: bool = True
+    methods: tuple[str, ...] = ()
     force: bool = False
+    resume: bool = False
 
 
 def run_comparison(
@@ -85,29 +90,24 @@ def run_comparison(
     Raises ConfigError when the folder holds a comparison, or nothing to evaluate on is given.
     """
     out = comparison.out
-    if (out / "comparison.csv").exists() and not comparison.force:
-        raise ConfigError(f"{out} already holds a comparison; use --force or another folder")
+    if (out / "comparison.csv").exists() and not (comparison.force or comparison.resume):
+        raise ConfigError(
+            f"{out} already holds a comparison; use --resume to go on with it, --force or another folder"
+        )
     if not comparison.config.evaluation.central_data:
         raise ConfigError("evaluation.central-data is empty: there is nothing to compare on")
     for changes in ({}, _dp_changes(comparison)):
         config = comparison.config.replace(changes)
         check_simulation(Simulation(config, comparison.sources, out, base_dir=comparison.base_dir))
+    for arm in _method_arms(comparison):
+        # Not every method goes with every setting.
+        comparison.config.replace(arm.changes)
     out.mkdir(parents=True, exist_ok=True)
     arms = plan_arms(comparison)
     results: list[ArmResult] = []
     for seed in comparison.seeds:
         for number, arm in enumerate(arms):
-            config = comparison.config.replace({**arm.changes, "train.seed": seed})
-            summary = run_simulation(
-                Simulation(
-                    config=config,
-                    sources=arm.sources,
-                    out=out / "runs" / f"seed-{seed}" / arm.name.replace(" ", "-"),
-                    base_dir=comparison.base_dir,
-                    force=comparison.force,
-                ),
-                listener=watch(arm, seed),
-            )
+            summary = _run_arm(comparison, arm, seed, watch=watch)
             if number == 0:
                 results.append(_result(BASE, BASE, seed, summary["central"]["base"], None, 0.0))
             epsilons = [row["epsilon"] for row in summary["privacy"].values()]
@@ -122,13 +122,52 @@ def run_comparison(
                     summary["wall_s"],
                 )
             )
-    write_atomically(out / "comparison.csv", _csv(results).encode())
-    write_atomically(out / "comparison.json", json.dumps(_by_arm(results), indent=2).encode())
+            # After each: what is known is not lost with what is still to come.
+            write_atomically(out / "comparison.csv", _csv(results).encode())
+    content = json.dumps(losses_by_arm(results), indent=2)
+    write_atomically(out / "comparison.json", content.encode())
     return results
+
+
+def _run_arm(
+    comparison: Comparison, arm: Arm, seed: int, *, watch: Callable[[Arm, int], Listener]
+) -> dict[str, Any]:
+    """Return an arm's summary.json, from its run now or from the one that is kept."""
+    out = comparison.out / "runs" / f"seed-{seed}" / arm.name.replace(" ", "-")
+    config = comparison.config.replace({**arm.changes, "train.seed": seed})
+    if comparison.resume and (out / "summary.json").exists():
+        _check_same_run(out, config)
+        kept: dict[str, Any] = json.loads((out / "summary.json").read_text())
+        return kept
+    return run_simulation(
+        Simulation(
+            config=config,
+            sources=arm.sources,
+            out=out,
+            base_dir=comparison.base_dir,
+            force=comparison.force or comparison.resume,
+        ),
+        listener=watch(arm, seed),
+    )
+
+
+def _check_same_run(out: Path, config: RunConfig) -> None:
+    """Raise ConfigError when the run that is kept had other settings."""
+    # model.name: a run keeps the plain name of the folder that it was given as.
+    changed = {"model.name", "run.uid"}
+    before = load_run_config(out / "run.toml").flat()
+    differing = [k for k, v in config.flat().items() if k not in changed and before[k] != v]
+    if differing:
+        raise ConfigError(
+            f"{out} was run with other settings ({', '.join(differing)}); use --force to run all of it "
+            "again, or another folder"
+        )
 
 
 def plan_arms(comparison: Comparison) -> list[Arm]:
     """Return the arms of a comparison, in the order in which they run."""
+    if comparison.methods:
+        return list(_method_arms(comparison))
     everyone, count = comparison.sources, len(comparison.sources)
     last_only = {"evaluation.every": comparison.config.train.rounds}
     without_dp: dict[str, Scalar] = {**last_only, "privacy.unit": "none"}
@@ -150,6 +189,24 @@ def plan_arms(comparison: Comparison) -> list[Arm]:
     return arms
 
 
+def _method_arms(comparison: Comparison) -> Iterator[Arm]:
+    everyone, config = comparison.sources, comparison.config
+    all_sites = {"federation.min-sites": len(everyone)}
+    for method in comparison.methods:
+        changes: dict[str, Scalar] = {
+            **all_sites,
+            "privacy.unit": "none",
+            "evaluation.every": config.train.rounds,
+            "aggregation.method": method,
+        }
+        yield Arm(METHOD, method, everyone, changes)
+    if not (config.use_dp or comparison.dp_changes):
+        return
+    for method in comparison.methods:
+        dp = {**all_sites, **_dp_changes(comparison), "aggregation.method": method}
+        yield Arm(METHOD_DP, f"{method} with DP", everyone, dp)
+
+
 def _dp_changes(comparison: Comparison) -> dict[str, Scalar]:
     """What the arm with DP changes in RUN.toml, whatever the sites."""
     unit = comparison.config.privacy.unit
@@ -162,40 +219,8 @@ def _dp_changes(comparison: Comparison) -> dict[str, Scalar]:
     }
 
 
-def comparison_table(results: Sequence[ArmResult]) -> Table:
-    """Return the results as a table: mean over seeds, spread where there is more than one."""
-    seeds = len({result.seed for result in results})
-    table = Table(title=f"Central test set, {seeds} seed{'s' if seeds > 1 else ''}")
-    table.add_column("model", no_wrap=True)
-    for column in ("loss", "perplexity", "accuracy", "epsilon", "seconds"):
-        table.add_column(column, justify="right")
-    base = statistics.fmean(r.loss for r in results if r.kind == BASE)
-    for label, rows in _groups(results):
-        losses = [row.loss for row in rows]
-        change = "" if rows[0].kind == BASE else f" ({statistics.fmean(losses) / base - 1:+.0%})"
-        spread = ""
-        if seeds > 1 and len(rows) > 1:
-            spread = f" ± {statistics.stdev(losses):.3f}"
-        epsilons = [row.epsilon for row in rows if row.epsilon is not None]
-        seconds = statistics.fmean(row.wall_s for row in rows)
-        table.add_row(
-            label,
-            f"{statistics.fmean(losses):.3f}{spread}{change}",
-            f"{statistics.fmean(row.perplexity for row in rows):.2f}",
-            f"{statistics.fmean(row.token_accuracy for row in rows):.3f}",
-            f"{max(epsilons):.2f}" if epsilons else "-",
-            "-" if rows[0].kind == BASE else f"{seconds:.1f}",
-            style="bold" if rows[0].kind in (FEDERATED, FEDERATED_DP) else None,
-        )
-    return table
-
-
-def mean_loss(results: Sequence[ArmResult], kind: str) -> float:
-    """Return the mean loss of all arms of a kind, over all seeds."""
-    return statistics.fmean(result.loss for result in results if result.kind == kind)
-
-
-def _groups(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
+def grouped(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
+    """Return each arm's results over the seeds, by name, and those of all sites alone together."""
     names = list(dict.fromkeys(result.name for result in results))
     groups = [(name, [r for r in results if r.name == name]) for name in names]
     alone = [result for result in results if result.kind == ALONE]
@@ -203,6 +228,11 @@ def _groups(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
         position = 1 + max(i for i, (_, rows) in enumerate(groups) if rows[0].kind == ALONE)
         groups.insert(position, ("mean of the sites alone", alone))
     return groups
+
+
+def mean_loss(results: Sequence[ArmResult], kind: str) -> float:
+    """Return the mean loss of all arms of a kind, over all seeds."""
+    return statistics.fmean(result.loss for result in results if result.kind == kind)
 
 
 def _result(
@@ -235,14 +265,15 @@ def _csv(results: Sequence[ArmResult]) -> str:
     return text.getvalue()
 
 
-def _by_arm(results: Sequence[ArmResult]) -> dict[str, Any]:
+def losses_by_arm(results: Sequence[ArmResult]) -> dict[str, Any]:
+    """Return what comparison.json holds: each arm's mean loss, and that of every seed."""
     return {
         label: {
             "loss": statistics.fmean(row.loss for row in rows),
             "losses": [row.loss for row in rows],
             "wall_s": statistics.fmean(row.wall_s for row in rows),
         }
-        for label, rows in _groups(results)
+        for label, rows in grouped(results)
     }
 
 

@@ -6,8 +6,9 @@ Synthetic hospitals, or one's own data set cut into sites.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,25 +43,30 @@ class OwnData:
     seed: int = 0
 
 
-def write_synthetic_scenario(folder: Path, spec: SyntheticSpec, config: RunConfig) -> list[Path]:
+def write_synthetic_scenario(
+    folder: Path, spec: SyntheticSpec, config: RunConfig, *, ranks: Sequence[int] = ()
+) -> list[Path]:
     """Write synthetic hospitals and a run.toml; return what was written.
 
+    ranks: what the sites can hold at most (policy.max-rank), by turns; () says nothing of it.
     Raises ConfigError when the folder holds a scenario already.
     """
     _refuse_existing(folder)
     hospitals = generate_hospitals(spec)
-    for name, records in hospitals.sites.items():
+    for (name, records), rank in zip(hospitals.sites.items(), _by_turns(ranks), strict=False):
         write_jsonl(records, folder / "sites" / name / "records.jsonl")
-        _write_site_toml(folder / "sites" / name, name, patient_id="patient")
+        _write_site_toml(folder / "sites" / name, name, max_rank=rank, patient_id="patient")
     write_jsonl(hospitals.central_test, folder / "central.jsonl")
     return _finish(folder, config, num_sites=len(hospitals.sites))
 
 
-def write_own_scenario(folder: Path, data: OwnData, config: RunConfig) -> list[Path]:
+def write_own_scenario(
+    folder: Path, data: OwnData, config: RunConfig, *, ranks: Sequence[int] = ()
+) -> list[Path]:
     """Cut one's own data set into sites and write a run.toml; return what was written.
 
-    Raises ConfigError when the folder holds a scenario already or the cut is impossible, DataError
-    when the data cannot be read.
+    ranks: as above. Raises ConfigError when the folder holds a scenario already or the cut is impossible,
+    DataError when the data cannot be read.
     """
     _refuse_existing(folder)
     rows = load_rows(data.path)
@@ -73,11 +79,11 @@ def write_own_scenario(folder: Path, data: OwnData, config: RunConfig) -> list[P
         )
     test = {index for (index,) in held_back[:num_test]}
     rest = [row for index, row in enumerate(rows) if index not in test]
-    for name, indices in _cut(rest, data).items():
+    for (name, indices), rank in zip(_cut(rest, data).items(), _by_turns(ranks), strict=False):
         home = folder / "sites" / name
         home.mkdir(parents=True)
         _write_rows(home / "records.jsonl", [rest[index] for index in indices])
-        _write_site_toml(home, name)
+        _write_site_toml(home, name, max_rank=rank)
     _write_rows(folder / "central.jsonl", [rows[index] for index in sorted(test)])
     return _finish(folder, config, num_sites=len(list((folder / "sites").iterdir())))
 
@@ -129,11 +135,17 @@ def _site_name(text: str) -> str:
     return name[:64]
 
 
-def _write_site_toml(home: Path, name: str, *, patient_id: str = "") -> None:
+def _by_turns(ranks: Sequence[int]) -> Iterator[int]:
+    return cycle(ranks or (0,))
+
+
+def _write_site_toml(home: Path, name: str, *, max_rank: int = 0, patient_id: str = "") -> None:
     data = {"name": name, "path": "records.jsonl"}
     if patient_id:
         data["patient-id"] = patient_id
-    tree = {"site": {"name": name}, "data": data}
+    tree: dict[str, Any] = {"site": {"name": name}, "data": data}
+    if max_rank:
+        tree["policy"] = {"max-rank": max_rank}
     text = (
         "# A simulated hospital. The run adds keys, the coordinator, the allowed model, and a\n"
         "# declared-size where there is none (its count of records, or of patients);\n"

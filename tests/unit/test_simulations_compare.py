@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from simulations.compare import (
     BASE,
     FEDERATED,
     FEDERATED_DP,
+    METHOD,
+    METHOD_DP,
     POOLED,
     Arm,
     ArmResult,
     Comparison,
-    comparison_table,
     mean_loss,
     plan_arms,
     run_comparison,
 )
+from simulations.comparison_table import comparison_table, methods_table
 from simulations.sites import find_sites
 from tests.unit.scenarios import NUM_RECORDS, site_names, write_scenario
 
@@ -154,7 +157,7 @@ def test_arms_differ_in_sites_and_privacy_only(scenario: Path, tmp_path: Path) -
 
 def test_comparison_that_is_there_is_refused(finished: Finished, scenario: Path) -> None:
     out, _, _ = finished
-    with pytest.raises(ConfigError, match=r"already holds a comparison; use --force"):
+    with pytest.raises(ConfigError, match=r"already holds a comparison; use --resume"):
         run_comparison(_comparison(scenario, out), watch=lambda arm, seed: _ignore)
 
 
@@ -197,3 +200,93 @@ def test_table_shows_the_largest_epsilon_and_fits_100_columns() -> None:
     table = _render(results)
     assert "7.88" in table
     assert "…" not in table
+
+
+# Methods of aggregation
+
+
+METHODS = ("svd", "weighted", "stack")
+
+
+@pytest.fixture(scope="module")
+def methods(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    watched: list[tuple[str, int]] = []
+
+    def watch(arm: Arm, seed: int) -> Listener:
+        watched.append((arm.name, seed))
+        return _ignore
+
+    out = tmp_path_factory.mktemp("methods") / "out"
+    changes = {"privacy.noise-multiplier": 1.0}
+    comparison = _comparison(scenario, out, methods=METHODS, dp_changes=changes, seeds=(0, 1))
+    return out, run_comparison(comparison, watch=watch), watched
+
+
+def test_every_method_is_run_with_and_without_dp(methods: Finished) -> None:
+    out, results, watched = methods
+    names = [*METHODS, *(f"{method} with DP" for method in METHODS)]
+    assert watched == [(name, seed) for seed in (0, 1) for name in names]
+    assert [r.name for r in results if r.seed == 1] == [BASE, *names]
+    for name in names:
+        summary = json.loads(
+            (out / f"runs/seed-0/{name.replace(' ', '-')}/summary.json").read_text()
+        )
+        assert summary["method"] == name.split()[0]
+    # Without DP, the same seed is the same start and the same records: only the merge differs.
+    assert len({r.loss for r in results if r.seed == 0}) == 1 + len(names)
+
+
+def test_a_comparison_goes_on_where_it_was_left(
+    methods: Finished, scenario: Path, tmp_path: Path
+) -> None:
+    out, results, _ = methods
+    kept = tmp_path / "kept"
+    shutil.copytree(out, kept)
+    shutil.rmtree(kept / "runs" / "seed-1" / "stack")
+    watched: list[tuple[str, int]] = []
+
+    def watch(arm: Arm, seed: int) -> Listener:
+        watched.append((arm.name, seed))
+        return _ignore
+
+    changes = {"privacy.noise-multiplier": 1.0}
+    options = {"methods": METHODS, "dp_changes": changes, "seeds": (0, 1), "resume": True}
+    again = run_comparison(_comparison(scenario, kept, **options), watch=watch)
+    assert watched == [("stack", 1)]
+    assert [(r.name, r.seed, r.loss) for r in again] == [(r.name, r.seed, r.loss) for r in results]
+    other = {**options, "dp_changes": {"privacy.noise-multiplier": 2.0}}
+    with pytest.raises(
+        ConfigError, match=r"other settings \(privacy.noise-multiplier\); use --force"
+    ):
+        run_comparison(_comparison(scenario, kept, **other), watch=watch)
+
+
+def test_a_method_that_a_setting_does_not_go_with_is_said_first(
+    scenario: Path, tmp_path: Path
+) -> None:
+    comparison = _comparison(scenario, tmp_path / "out", methods=("svd", "weighted"))
+    config = comparison.config.replace({"aggregation.server-momentum": 0.9})
+    with pytest.raises(ConfigError, match="aggregation.method = 'weighted' has none"):
+        run_comparison(replace(comparison, config=config), watch=lambda arm, seed: _ignore)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_compared_seed_by_seed() -> None:
+    results = [
+        _result(kind, name, seed, loss, epsilon)
+        for seed, losses in enumerate([(4.0, 2.0, 1.9, 3.0), (4.0, 3.0, 2.7, 3.2)])
+        for kind, name, loss, epsilon in zip(
+            (BASE, METHOD, METHOD, METHOD_DP),
+            (BASE, "svd", "fedsvd", "svd with DP"),
+            losses,
+            (None, None, None, 8.0),
+            strict=True,
+        )
+    ]
+    out = io.StringIO()
+    Console(file=out, width=100).print(methods_table(results))
+    lines = [line for line in out.getvalue().splitlines() if "fedsvd" in line]
+    # 1.9 - 2.0 and 2.7 - 3.0: mean -0.2, deviation 0.141; by itself fedsvd deviates by 0.566.
+    assert "2.300 ± 0.566" in lines[0]
+    assert "-0.200 ± 0.141" in lines[0]
+    assert "…" not in out.getvalue()

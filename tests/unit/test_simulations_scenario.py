@@ -182,3 +182,14 @@ def test_scenario_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already holds"):
         _cut(tmp_path)
     assert (tmp_path / "scenario" / "central.jsonl").read_bytes() == before
+
+
+def test_sites_of_a_scenario_hold_ranks_by_turns(tmp_path: Path) -> None:
+    spec = SyntheticSpec(num_sites=3, patients_per_site=4, test_records=8)
+    write_synthetic_scenario(tmp_path / "mixed", spec, RunConfig(), ranks=(2, 8))
+    found = [
+        site.settings["policy"]["max-rank"] for site in find_sites(tmp_path / "mixed" / "sites")
+    ]
+    assert sorted(found) == [2, 2, 8]
+    write_synthetic_scenario(tmp_path / "any", spec, RunConfig())
+    assert all("policy" not in site.settings for site in find_sites(tmp_path / "any" / "sites"))
