@@ -26,6 +26,8 @@ from common.toml_section import TomlSection, kebab
 RUN_UID = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 Scalar: TypeAlias = bool | int | float | str
+# The factors of an adapter that a round trains.
+TrainedFactors: TypeAlias = Literal["both", "a", "b"]
 
 # Sections that only the coordinator needs. Flower hands the whole run config to every ClientApp, so
 # our commands take these out and hand them to the ServerApp through its environment.
@@ -228,7 +230,7 @@ class RoundSection(_Section):
     """What one round asks of a site; the coordinator says it by aggregation.method, RUN.toml never."""
 
     # The factors that are trained; the other one stays as it was sent.
-    trained_factors: Literal["both", "a", "b"] = "both"
+    trained_factors: TrainedFactors = "both"
     # So many ranks of the adapter that is sent, its last ones, are not trained and not sent back.
     frozen_rank: int = Field(0, ge=0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,17 @@ import torch
 from torch import nn
 
 from common.adapter import AdapterShape, AdapterState, adapter_shape_of, state_from_tensors
-from common.config import LoraSection, ModelSection
+from common.config import LoraSection, ModelSection, TrainedFactors
 from common.errors import ModelError
+from common.frozen_part import UNTRAINED
 from common.model_folder import check_digest, digest_model
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "int8", "none"]
+
+# PEFT's names for the adapter that is trained and for one beside it that is not.
+_TRAINED, _FROZEN = "default", "frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +95,55 @@ def initial_adapter(base: BaseModel, lora: LoraSection, *, seed: int) -> Adapter
 
 
 @contextmanager
-def attached(base: BaseModel, lora: LoraSection, *, rank: int | None = None) -> Iterator[nn.Module]:
+def attached(
+    base: BaseModel,
+    lora: LoraSection,
+    *,
+    rank: int | None = None,
+    trained_factors: TrainedFactors = "both",
+    frozen: AdapterState | None = None,
+) -> Iterator[nn.Module]:
     """Lend the base with fresh LoRA layers, float32, the only trainable parameters; take them off.
 
-    rank: another rank than lora.rank, for a site that can hold less.
-    Yields a peft.PeftModel. Raises ModelError when the LoRA setting does not fit the base.
+    rank: another rank than lora.rank, for a site that can hold less. trained_factors: the factors that are
+    trainable. frozen: an adapter of any rank that the forward pass adds, and that nothing trains.
+    Yields a peft.PeftModel. Raises ModelError when the LoRA setting or `frozen` does not fit the base.
     """
+    check_targets(base, lora, rank=rank or lora.rank)
+    with _lent(base, peft_config(lora, rank=rank)) as model:
+        if frozen is not None:
+            _add_frozen(model, lora, frozen)
+        untrained = UNTRAINED[trained_factors]
+        for name, parameter in model.named_parameters():
+            if untrained is not None and untrained in name:
+                parameter.requires_grad_(False)
+        yield model
+
+
+@contextmanager
+def carrying(base: BaseModel, lora: LoraSection, state: AdapterState) -> Iterator[nn.Module]:
+    """Lend the base with an adapter written into it that nobody trains; take it off.
+
+    state: its rank, which no layer limits, and its scalings are its own; its modules those of `lora`.
+    Raises ModelError when they are others.
+    """
+    with _lent(base, unscaled_config(lora, rank=state.rank)) as model:
+        model.requires_grad_(False)
+        write_adapter(model, state.unscaled())
+        yield model
+
+
+@contextmanager
+def _lent(base: BaseModel, config: Any) -> Iterator[Any]:
     from peft import get_peft_model
 
-    check_targets(base, lora, rank=rank or lora.rank)
     if any(".lora_A." in name for name, _ in base.model.named_modules()):
         raise ModelError("this base already carries an adapter; one is lent at a time")
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 a deprecated question, and says what it does for Conv1D.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-        peft_model: Any = get_peft_model(
-            base.model, peft_config(lora, rank=rank), autocast_adapter_dtype=True
-        )
+        peft_model: Any = get_peft_model(base.model, config, autocast_adapter_dtype=True)
     try:
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
@@ -121,6 +157,21 @@ def attached(base: BaseModel, lora: LoraSection, *, rank: int | None = None) -> 
                 delattr(base.model, leftover)
 
 
+def _add_frozen(model: Any, lora: LoraSection, state: AdapterState) -> None:
+    config = unscaled_config(lora, rank=state.rank)
+    # By name: "all-linear" would find the layers of the first adapter too.
+    config.target_modules = set(state.pairs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        model.add_adapter(_FROZEN, config, autocast_adapter_dtype=True)
+    model.base_model.set_adapter([_TRAINED, _FROZEN])
+    parameters = _lora_parameters(model, _FROZEN)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.float()
+    _write(parameters, state.unscaled())
+
+
 def peft_config(lora: LoraSection, *, rank: int | None = None) -> Any:
     """Return PEFT's LoraConfig for a LoRA setting, optionally at another rank."""
     from peft import LoraConfig
@@ -130,7 +181,8 @@ def peft_config(lora: LoraSection, *, rank: int | None = None) -> Any:
         task_type="CAUSAL_LM",
         r=rank or lora.rank,
         lora_alpha=lora.alpha,
-        alpha_pattern=lora.alphas,
+        # A pattern of PEFT's is a regular expression, in which a dot is any character.
+        alpha_pattern={re.escape(ending): alpha for ending, alpha in lora.alphas.items()},
         lora_dropout=lora.dropout,
         target_modules=(
             targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
@@ -139,6 +191,12 @@ def peft_config(lora: LoraSection, *, rank: int | None = None) -> Any:
         use_dora=lora.use_dora,
         bias="none",
     )
+
+
+def unscaled_config(lora: LoraSection, *, rank: int) -> Any:
+    """Return PEFT's LoraConfig of the same modules for an adapter that every reader scales by exactly 1."""
+    plain = {"alpha": float(rank), "alpha_pattern": "", "use_rslora": False, "dropout": 0.0}
+    return peft_config(lora.model_copy(update=plain), rank=rank)
 
 
 def check_targets(base: BaseModel, lora: LoraSection, *, rank: int) -> None:
@@ -168,9 +226,9 @@ def check_targets(base: BaseModel, lora: LoraSection, *, rank: int) -> None:
 
 
 def read_adapter(model: nn.Module, lora: LoraSection, *, rank: int) -> AdapterState:
-    """Return a copy of the adapter on a lent model, float32, on the CPU."""
+    """Return a copy of the adapter on a lent model, float32, on the CPU; a frozen one beside it stays."""
     tensors = {
-        _wire_name(name): parameter.detach().to("cpu", torch.float32).numpy().copy()
+        name: parameter.detach().to("cpu", torch.float32).numpy().copy()
         for name, parameter in _lora_parameters(model).items()
     }
     return state_from_tensors(tensors, shape=shape_of(model, lora, rank))
@@ -178,12 +236,16 @@ def read_adapter(model: nn.Module, lora: LoraSection, *, rank: int) -> AdapterSt
 
 def write_adapter(model: nn.Module, state: AdapterState) -> None:
     """Copy an adapter into a lent model in place. Raises ModelError when it does not fit."""
-    tensors, parameters = state.tensors(), _lora_parameters(model)
-    if {_wire_name(name) for name in parameters} != set(tensors):
+    _write(_lora_parameters(model), state)
+
+
+def _write(parameters: dict[str, nn.Parameter], state: AdapterState) -> None:
+    tensors = state.tensors()
+    if set(parameters) != set(tensors):
         raise ModelError("the adapter's modules are not those of the model")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            value = torch.from_numpy(tensors[_wire_name(name)].copy())
+            value = torch.from_numpy(tensors[name].copy())
             if value.shape != parameter.shape:
                 raise ModelError(
                     f"{name}: adapter {tuple(value.shape)}, model {tuple(parameter.shape)}"
@@ -191,16 +253,14 @@ def write_adapter(model: nn.Module, state: AdapterState) -> None:
             parameter.copy_(value)
 
 
-def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _lora_parameters(model: nn.Module, adapter: str = _TRAINED) -> dict[str, nn.Parameter]:
+    """The factors of one adapter on a model, by their names on the wire."""
+    ending = f".{adapter}.weight"
     return {
-        name.removeprefix("_module."): parameter
+        name.removeprefix("_module.").removesuffix(ending) + ".weight": parameter
         for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
+        if name.endswith((f".lora_A{ending}", f".lora_B{ending}"))
     }
-
-
-def _wire_name(parameter_name: str) -> str:
-    return parameter_name.replace(".default.weight", ".weight")
 
 
 def shape_of(model: nn.Module, lora: LoraSection, rank: int) -> AdapterShape:

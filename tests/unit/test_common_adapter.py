@@ -239,3 +239,16 @@ def test_modules_that_a_pattern_names_have_a_scaling_of_their_own() -> None:
     state = state_from_tensors(tensors, shape=shape)
     found = [state.scaling_of(name) for name in modules]
     assert found == [16.0, 1.0, 4.0]
+
+
+def test_an_unscaled_adapter_is_the_same_update() -> None:
+    """2 x and 0.25 x B @ A, for B of powers of two to the bit."""
+    state = AdapterState(STATE.pairs, 2.0, {"v": 0.25})
+
+    found = state.unscaled()
+
+    assert (found.scaling, dict(found.own_scalings)) == (1.0, {})
+    for name, factor in (("q", 2.0), ("v", 0.25)):
+        np.testing.assert_array_equal(found.pairs[name].A, STATE.pairs[name].A)
+        np.testing.assert_array_equal(found.pairs[name].B, factor * STATE.pairs[name].B)
+        assert found.pairs[name].B.dtype == np.float32
