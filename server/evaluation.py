@@ -12,7 +12,7 @@ from common.config import LoraSection, RunConfig
 from common.dataset import Columns, load_records
 from common.errors import DataError
 from common.metrics import LanguageMetrics, summarize, token_sums
-from common.model import BaseModel, attached, write_adapter
+from common.model import BaseModel, carrying
 from common.prompts import Examples, collate, resolve_template, tokenize_all
 
 
@@ -61,11 +61,13 @@ def evaluate(
     lora: LoraSection,
     batch_size: int,
 ) -> LanguageMetrics:
-    """Return the metrics of the base with an adapter, or of the untouched base (None)."""
+    """Return the metrics of the base with an adapter, or of the untouched base (None).
+
+    adapter: of any rank, which no layer limits; its scalings are its own.
+    """
     if adapter is None:
         return evaluate_model(base.model, base, examples, batch_size=batch_size)
-    with attached(base, lora, rank=adapter.rank) as model:
-        write_adapter(model, adapter)
+    with carrying(base, lora, adapter) as model:
         return evaluate_model(model, base, examples, batch_size=batch_size)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,6 +116,41 @@ def test_a_trained_adapter_is_measured_and_the_base_stays_as_it_was(
     after = evaluate(base, examples, adapter=None, lora=CONFIG.lora, batch_size=4)
     assert abs(moved.loss - before.loss) > 1e-3
     assert after == before
+
+
+def test_an_adapter_is_measured_at_its_own_rank_and_scaling(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    """Written twice over, side by side, at half the scaling: the same update at twice the rank."""
+    examples, moved = _examples(tmp_path, base), _moved(base)
+    expected = evaluate(base, examples, adapter=moved, lora=CONFIG.lora, batch_size=4)
+
+    for times in (2, 10):
+        # Ten times: rank 40, and the smaller side of most layers is 16 or 32.
+        pairs = {
+            name: LoraPair(np.tile(pair.A, (times, 1)), np.tile(pair.B, (1, times)))
+            for name, pair in moved.pairs.items()
+        }
+        wide = AdapterState(pairs, moved.scaling / times)
+        assert wide.rank == 4 * times
+        found = evaluate(base, examples, adapter=wide, lora=CONFIG.lora, batch_size=4)
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+
+
+def test_modules_with_a_scaling_of_their_own_are_measured_with_it(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    examples, moved = _examples(tmp_path, base), _moved(base)
+    names = [name for name in moved.pairs if name.endswith("q_proj")]
+    louder = {n: LoraPair(p.A, 3 * p.B if n in names else p.B) for n, p in moved.pairs.items()}
+    own = dict.fromkeys(names, 3 * moved.scaling)
+
+    def loss(adapter: AdapterState) -> float:
+        return evaluate(base, examples, adapter=adapter, lora=CONFIG.lora, batch_size=4).loss
+
+    found = loss(AdapterState(moved.pairs, moved.scaling, own))
+    assert found == pytest.approx(loss(AdapterState(louder, moved.scaling)), abs=1e-5)
+    assert abs(found - loss(moved)) > 1e-4
 
 
 def test_the_batch_size_does_not_change_the_result(tmp_path: Path, base: BaseModel) -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from common.adapter import AdapterState, LoraPair, lora_scaling
 from common.config import LoraSection, ModelSection
-from common.model import BaseModel, attached, initial_adapter, load_base, write_adapter
+from common.model import BaseModel, attached, carrying, initial_adapter, load_base, write_adapter
 from common.prompts import Example, Examples
 from server.evaluation import evaluate_model
 from server.export import export_adapter
@@ -36,6 +36,7 @@ def _trained(base: BaseModel, lora: LoraSection) -> AdapterState:
             for name, pair in start.pairs.items()
         },
         start.scaling,
+        start.own_scalings,
     )
 
 
@@ -74,6 +75,49 @@ def test_peft_alone_loads_the_folder_and_computes_the_same_loss(
         loaded.unload()
     assert abs(attached_loss - untouched) > 1e-2
     assert loaded_loss == pytest.approx(attached_loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_an_export_above_a_layers_side_and_with_own_scalings_has_the_logits_of_evaluation(
+    tiny_model_dir: Path, tmp_path: Path, quantization: str
+) -> None:
+    """Rank 40, as of stacked adapters; most layers have a side of 16 or 32."""
+    from peft import PeftModel
+
+    section = ModelSection(quantization=quantization)  # type: ignore[arg-type]
+    base = load_base(tiny_model_dir, section, device=torch.device("cpu"))
+    lora = LoraSection(
+        rank=4, alpha=6.0, use_rslora=True, alpha_pattern="q_proj=24,1.mlp.up_proj=1.5"
+    )
+    start, random = _trained(base, lora), np.random.default_rng(1)
+    wide = {
+        name: LoraPair(
+            (0.1 * random.standard_normal((40, pair.A.shape[1]))).astype(np.float32),
+            (0.1 * random.standard_normal((pair.B.shape[0], 40))).astype(np.float32),
+        )
+        for name, pair in start.pairs.items()
+    }
+    state = AdapterState(wide, start.scaling, start.own_scalings)
+    assert len({state.scaling_of(name) for name in wide}) == 3
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        model.eval()
+        with torch.inference_mode():
+            found: torch.Tensor = model(input_ids=torch.tensor([EXAMPLES[0].token_ids])).logits
+        return found
+
+    untouched = logits(base.model)
+    with carrying(base, lora, state) as model:
+        expected = logits(model)
+    folder = export_adapter(state, tmp_path / "adapter", lora=lora, base_name="tiny")
+
+    loaded = PeftModel.from_pretrained(base.model, str(folder))
+    try:
+        found = logits(loaded)
+    finally:
+        loaded.unload()
+    assert float((expected - untouched).abs().max()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_every_reader_scales_the_export_by_one(tmp_path: Path) -> None:
