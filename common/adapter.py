@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
@@ -26,7 +26,11 @@ from common.files import Buffer
 Float32 = npt.NDArray[np.float32]
 
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """Return PEFT's names of the tensors A and B of a module."""
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class LoraPair:
 
 
 class FactorSource(Protocol):
-    """Where the factors of an adapter come from, one module at a time: memory, or a file."""
+    """An adapter that is read one module at a time: in memory an AdapterState, on disk an AdapterFile."""
 
     @property
     def rank(self) -> int:
@@ -51,13 +55,13 @@ class FactorSource(Protocol):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules, sorted."""
+        """The names of the modules, sorted."""
 
     def scaling_of(self, module: str) -> float:
         """Return what multiplies B @ A of a module."""
 
     def pair(self, module: str) -> LoraPair:
-        """Return the factors of a module."""
+        """Return the factors of a module. Raises KeyError for a module that is not in `modules`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,29 +95,29 @@ class AdapterState:
         return next(iter(self.pairs.values())).rank
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules, sorted."""
+        return tuple(self.pairs)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all factors in float32."""
         return sum(pair.A.nbytes + pair.B.nbytes for pair in self.pairs.values())
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules, sorted."""
-        return tuple(self.pairs)
-
-    def pair(self, module: str) -> LoraPair:
-        """Return the factors of a module."""
-        return self.pairs[module]
 
     def scaling_of(self, module: str) -> float:
         """Return what multiplies B @ A of a module."""
         return self.own_scalings.get(module, self.scaling)
 
+    def pair(self, module: str) -> LoraPair:
+        """Return the factors of a module. Raises KeyError for a module that is not in `modules`."""
+        return self.pairs[module]
+
     def tensors(self) -> dict[str, Float32]:
         """Return PEFT's tensor names -> float32 arrays, sorted by name."""
         named: dict[str, Float32] = {}
         for name, pair in self.pairs.items():
-            named[f"{_PREFIX}{name}{_A}"] = pair.A
-            named[f"{_PREFIX}{name}{_B}"] = pair.B
+            a, b = tensor_names(name)
+            named[a], named[b] = pair.A, pair.B
         return dict(sorted(named.items()))
 
     def digest(self) -> str:
@@ -126,14 +130,6 @@ class AdapterState:
         header = _safetensors_header({name: array.shape for name, array in tensors.items()})
         arrays = (np.ascontiguousarray(array, dtype="<f4").data for array in tensors.values())
         return b"".join([header, *arrays])
-
-    def unscaled(self) -> AdapterState:
-        """Return the same update with scaling 1, which B carries."""
-        pairs = {
-            name: LoraPair(pair.A, (pair.B * np.float32(self.scaling_of(name))).astype(np.float32))
-            for name, pair in self.pairs.items()
-        }
-        return AdapterState(pairs, 1.0)
 
     def product_norm_bound(self) -> float:
         """Return an upper bound of every module's Frobenius norm of scaling * B @ A."""
@@ -168,13 +164,6 @@ class AdapterShape:
         """Return the same modules at another rank, scaled as a LoRA setting says."""
         return adapter_shape_of(self.modules, rank=rank, lora=lora)
 
-    def with_frozen(self, rank: int) -> AdapterShape:
-        """Return the shape of what is sent when `rank` ranks that are not trained follow these ones.
-
-        They are scaled as these are.
-        """
-        return replace(self, rank=self.rank + rank)
-
     @property
     def size_bytes(self) -> int:
         """Bytes of all factors in float32."""
@@ -184,9 +173,18 @@ class AdapterShape:
         """Return PEFT's tensor names -> shapes, sorted by name."""
         shapes: dict[str, tuple[int, int]] = {}
         for name, (d_out, d_in) in self.modules.items():
-            shapes[f"{_PREFIX}{name}{_A}"] = (self.rank, d_in)
-            shapes[f"{_PREFIX}{name}{_B}"] = (d_out, self.rank)
+            a, b = tensor_names(name)
+            shapes[a], shapes[b] = (self.rank, d_in), (d_out, self.rank)
         return dict(sorted(shapes.items()))
+
+    def tensor_offsets(self) -> dict[str, int]:
+        """Return PEFT's tensor names -> where each begins in the wire form, in bytes from its start."""
+        offsets: dict[str, int] = {}
+        start = len(self.safetensors_header())
+        for name, dimensions in self.tensor_shapes().items():
+            offsets[name] = start
+            start += 4 * math.prod(dimensions)
+        return offsets
 
     def safetensors_header(self) -> bytes:
         """Return what stands before the tensors in the wire form of every adapter of this shape."""
@@ -239,7 +237,7 @@ def from_safetensors(data: Buffer, *, shape: AdapterShape) -> AdapterState:
         raise ProtocolError(f"an adapter of {len(data)} bytes, where at most {limit} are expected")
     header = shape.safetensors_header()
     if len(data) == len(header) + shape.size_bytes and data[: len(header)] == header:
-        return state_from_tensors(_views(data, shape, start=len(header)), shape=shape)
+        return state_from_tensors(_views(data, shape), shape=shape)
     try:
         tensors = load(bytes(data))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
@@ -252,12 +250,12 @@ def max_safetensors_bytes(shape: AdapterShape) -> int:
     return shape.size_bytes + 1024 * (len(shape.modules) + 8)
 
 
-def _views(data: Buffer, shape: AdapterShape, *, start: int) -> dict[str, Float32]:
+def _views(data: Buffer, shape: AdapterShape) -> dict[str, Float32]:
+    offsets = shape.tensor_offsets()
     views: dict[str, Float32] = {}
-    for name, (rows, columns) in shape.tensor_shapes().items():
-        flat = np.frombuffer(data, dtype="<f4", count=rows * columns, offset=start)
-        views[name] = flat.reshape(rows, columns)
-        start += flat.nbytes
+    for name, dimensions in shape.tensor_shapes().items():
+        count, start = math.prod(dimensions), offsets[name]
+        views[name] = np.frombuffer(data, "<f4", count=count, offset=start).reshape(dimensions)
     return views
 
 
@@ -297,7 +295,7 @@ def state_from_tensors(tensors: Mapping[str, Float32], *, shape: AdapterShape) -
         if array.dtype != np.float32:
             raise ShapeError(f"{name} is {array.dtype}, expected float32")
     pairs = {
-        name: LoraPair(tensors[f"{_PREFIX}{name}{_A}"], tensors[f"{_PREFIX}{name}{_B}"])
+        name: LoraPair(*(tensors[tensor] for tensor in tensor_names(name)))
         for name in shape.modules
     }
     return AdapterState(pairs, shape.scaling, shape.own_scalings)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # Bytes in memory, or a view of a file that is mapped.
 Buffer = bytes | memoryview
@@ -19,18 +22,31 @@ def write_atomically(path: Path, content: Buffer, *, mode: int = 0o644) -> None:
     mode: permission bits of the new file, never wider than this even for a moment.
     Raises OSError, leaving no partial file behind, when the disk is full or the folder missing.
     """
+    with replacing(path, mode=mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o644, fsync: bool = True) -> Iterator[BinaryIO]:
+    """Lend a new file that takes the place of `path` when the block ends well, and is gone when it does not.
+
+    mode: as in `write_atomically`. fsync: whether it must be there after a power cut.
+    Raises OSError when the disk is full or the folder missing.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
             file.flush()
             os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
+            if fsync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if fsync:
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:
