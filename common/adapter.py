@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -131,6 +131,14 @@ class AdapterState:
         arrays = (np.ascontiguousarray(array, dtype="<f4").data for array in tensors.values())
         return b"".join([header, *arrays])
 
+    def unscaled(self) -> AdapterState:
+        """Return the same update with scaling 1, which B carries."""
+        pairs = {
+            name: LoraPair(pair.A, (pair.B * np.float32(self.scaling_of(name))).astype(np.float32))
+            for name, pair in self.pairs.items()
+        }
+        return AdapterState(pairs, 1.0)
+
     def product_norm_bound(self) -> float:
         """Return an upper bound of every module's Frobenius norm of scaling * B @ A."""
         return max(
@@ -163,6 +171,13 @@ class AdapterShape:
     def at_rank(self, rank: int, *, lora: LoraSection) -> AdapterShape:
         """Return the same modules at another rank, scaled as a LoRA setting says."""
         return adapter_shape_of(self.modules, rank=rank, lora=lora)
+
+    def with_frozen(self, rank: int) -> AdapterShape:
+        """Return the shape of what is sent when `rank` ranks that are not trained follow these ones.
+
+        They are scaled as these are.
+        """
+        return replace(self, rank=self.rank + rank)
 
     @property
     def size_bytes(self) -> int:

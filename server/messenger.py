@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
@@ -140,6 +140,7 @@ class Messenger:
         try:
             while self._waiting or self._awaited:
                 arrived = self._pull()
+                anything_came = bool(arrived)
                 yield from self._take(arrived)
                 yield from self._take_unreadable()
                 left_s = min(deadline, stop_at()) - time.monotonic()
@@ -148,7 +149,7 @@ class Messenger:
                 if time.monotonic() >= look_at_s:
                     yield from self._returned(gone)
                     look_at_s = time.monotonic() + _LOOK_AT_NODES_S
-                if not arrived:
+                if not anything_came:
                     pause_s = max(_POLL_S, _POLL_SHARE * (time.monotonic() - began))
                     time.sleep(max(0.0, min(pause_s, _MAX_POLL_S, left_s)))
         finally:
@@ -173,8 +174,11 @@ class Messenger:
             if sent.node_id == node_id:
                 self._given_up[message_id] = self._waiting.pop(message_id)
 
-    def _take(self, arrived: Iterable[Message]) -> Iterator[Answer]:
-        for message in arrived:
+    def _take(self, arrived: list[Message]) -> Iterator[Answer]:
+        """Empty `arrived`: a message holds a whole adapter, which nobody may hold once it was taken."""
+        arrived.reverse()
+        while arrived:
+            message = arrived.pop()
             message_id = message.metadata.reply_to_message_id
             sent = self._waiting.pop(message_id, None)
             if sent is not None:

@@ -18,6 +18,7 @@ from common.errors import ScreeningError
 from common.records import Envelope, Task, seal_task
 from server.aggregation import METHODS, leading_ranks
 from server.gathering import Member
+from server.incoming import drop_update, keep_update
 from server.messenger import Answer, Messenger
 from server.roster import RosterEntry
 from server.run_context import RunContext
@@ -34,18 +35,19 @@ logger = logging.getLogger(__name__)
 
 # Its process died, or Flower lost the message. If its node is gone, it is asked when that is back.
 _ASK_AGAIN = frozenset({"unanswered"})
+# A task's expires_at is in whole seconds.
+_EXPIRY_ROUNDING_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class RoundReplies:
     """What a round brought in.
 
-    updates: accepted, by site name. sent: what each of those sites was sent. refused: site -> reason.
+    updates: accepted, by site name. refused: site -> reason.
     seconds: from the first task sent to the last reply taken. bytes_down, bytes_up: both ways.
     """
 
     updates: tuple[AcceptedUpdate, ...]
-    sent: Mapping[str, AdapterState]
     refused: Mapping[str, str]
     attempts: int
     seconds: float
@@ -104,11 +106,12 @@ class OpenRound:
         awaiting = []
         for answer in self._messenger.answers(deadline_s=deadline_s, stop_at=self._drop_shut_out):
             site = answer.sent.task.site
-            if site in self.updates or site not in self._waiting:
-                continue
-            reason = self._take(answer)
-            if reason == AWAITS_APPROVAL:
-                awaiting.append(self._members[site])
+            if site not in self.updates and site in self._waiting:
+                reason = self._take(answer)
+                if reason == AWAITS_APPROVAL:
+                    awaiting.append(self._members[site])
+            # Else a whole adapter would be held while the next one is waited for.
+            del answer
         for site in sorted(self._waiting):
             self._refuse(site, "silent")
         self._drop_shut_out()
@@ -118,7 +121,6 @@ class OpenRound:
         """Return what the round brought in."""
         return RoundReplies(
             tuple(update for _, update in sorted(self.updates.items())),
-            {site: self._cut(self._members[site].rank)[0] for site in self.updates},
             self.refused,
             attempts,
             time.monotonic() - self._started,
@@ -174,6 +176,8 @@ class OpenRound:
             if answer.message is None:
                 # Its node was gone and came back, and with it went what it had been sent.
                 raise ScreeningError("lost", f"{site} was gone and may have forgotten its task")
+            if time.monotonic() > self._attempt_ends_s + _EXPIRY_ROUNDING_S:
+                raise ScreeningError("expired", f"{site}'s answer came after its task had expired")
             envelope = answer_in(answer.message, who=site)
             self._bytes_up += envelope.size_bytes
             update = self._screened(envelope, task)
@@ -195,7 +199,11 @@ class OpenRound:
         self.updates[site] = update
         self.refused.pop(site, None)
         self._run.history.record(
-            "reply", round=self._round, site=site, numbers=dict(update.numbers)
+            "reply",
+            round=self._round,
+            site=site,
+            numbers=dict(update.numbers),
+            update_norm=float(f"{update.norm:.6g}"),
         )
         return ""
 
@@ -205,7 +213,15 @@ class OpenRound:
         self._run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
         rank = self._members[task.site].rank
         shape = self._shape.at_rank(rank, lora=self._run.config.lora)
-        return screen_update(reply, envelope.adapter, task=task, shape=shape)
+        update = screen_update(
+            reply,
+            envelope.adapter,
+            task=task,
+            shape=shape,
+            sent=self._cut(rank)[0],
+            max_norm=self._run.config.aggregation.max_update_norm,
+        )
+        return keep_update(update, folder=self._run.incoming, task_sha256=task.sha256, shape=shape)
 
     def _drop_shut_out(self) -> float:
         """Neither wait for nor count a site that was shut out meanwhile; say when to stop waiting.
@@ -222,7 +238,8 @@ class OpenRound:
         dropped = rotated | self._run.shut_out()
         for site in sorted(dropped.keys() & (self._waiting | self.updates.keys())):
             self._waiting.discard(site)
-            self.updates.pop(site, None)
+            if site in self.updates:
+                drop_update(self.updates.pop(site))
             self._messenger.forget(self._members[site].node_id)
             self._refuse(site, dropped[site])
         # Once nobody is missing, nothing is to come: what was sent twice may still be under way.

@@ -23,21 +23,19 @@ from common.model import (
     BaseModel,
     adapter_shape,
     choose_device,
-    initial_adapter,
     load_base,
 )
 from common.model_folder import resolve_model
 from common.prompts import Examples, resolve_template
 from common.signing import SigningKey
-from server.aggregation import METHODS, MergeRules, SiteUpdate, merge
-from server.aggregation.frozen import orthonormal_start
 from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
 from server.evaluation import evaluate, load_central_examples
 from server.exclusions import Exclusions
 from server.export import export_adapter
+from server.global_adapter import first_adapter, merge_replies
 from server.history import History, Listener, read_events
-from server.open_round import RoundReplies
+from server.incoming import empty_incoming, incoming_folder
 from server.roster import LiveRoster, Roster
 from server.rounds import Federation
 from server.run_context import RunContext
@@ -121,7 +119,8 @@ def run_federation(
             )
         history = History(plan.folder.history, listener=listener)
         try:
-            return _run(grid, plan, history)
+            with incoming_folder(plan.folder.incoming):
+                return _run(grid, plan, history)
         except ConsiliumError as error:
             _note_stop(plan, history, error.code, str(error))
             raise
@@ -161,6 +160,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         history=history,
         audit=plan.audit,
         exclusions=Exclusions(folder.exclusions),
+        incoming=folder.incoming,
     )
 
     def measure(adapter: AdapterState | None) -> LanguageMetrics | None:
@@ -183,7 +183,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         history.record("resumed", round=done, rounds=config.train.rounds)
         _note_start("resumed", plan, current, done=done)
     else:
-        current, done, velocity = _first_adapter(base, config), 0, None
+        current, done, velocity = first_adapter(base, config), 0, None
         _note_start("run-started", plan, current, done=done)
         history.record(
             "run-started", run=folder.run_uid, rounds=config.train.rounds, base=base.digest
@@ -197,13 +197,9 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         if _is_over(summary, config):
             break
         replies = federation.run_round(current, server_round=server_round)
-        merged = merge(
-            current,
-            _site_updates(replies, plan),
-            rules=_rules(config),
-            velocity=velocity,
-        )
+        merged = merge_replies(replies, current, velocity, config=config, roster=plan.roster)
         current, velocity = merged.state, merged.velocity
+        empty_incoming(folder.incoming)
         evaluate_started = time.monotonic()
         last = server_round == config.train.rounds
         due = last or server_round % config.evaluation.every == 0
@@ -239,21 +235,6 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     history.record("finished", folder=str(folder.path))
     plan.audit.note("finished", run=folder.run_uid, adapter=exported.digest())
     return summary
-
-
-def _first_adapter(base: BaseModel, config: RunConfig) -> AdapterState:
-    state = initial_adapter(base, config.lora, seed=config.train.seed)
-    return orthonormal_start(state) if METHODS[config.aggregation.method].orthonormal else state
-
-
-def _rules(config: RunConfig) -> MergeRules:
-    section = config.aggregation
-    return MergeRules(
-        method=section.method,
-        robust=section.robust,
-        clip_norm=section.clip_norm,
-        momentum=section.server_momentum,
-    )
 
 
 def _checkpoint_to_continue(plan: RunPlan, history: History) -> Checkpoint | None:
@@ -330,15 +311,3 @@ def _complete_trail(plan: RunPlan, history: History, checkpoint: Checkpoint) -> 
     told = (event for event in history.events() if event["event"] == "round")
     if entry["round"] not in {event["round"] for event in told}:
         history.record("round", **entry, privacy=checkpoint.progress["privacy"])
-
-
-def _site_updates(replies: RoundReplies, plan: RunPlan) -> list[SiteUpdate]:
-    by_size = plan.config.aggregation.weighting == "declared-size"
-    return [
-        SiteUpdate(
-            update.site,
-            float(plan.roster[update.site].declared_size) if by_size else 1.0,
-            returned=update.state,
-        )
-        for update in replies.updates
-    ]

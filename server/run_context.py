@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.config import RunConfig
 from common.signing import SigningKey
@@ -17,7 +18,8 @@ class RunContext:
     """One run. uid: the same after a resume. key: signs its tasks. base_digest: of its base model.
 
     history, audit: where what happens is written, for people and as evidence. roster, exclusions: who is
-    enrolled, and whom the coordinator has shut out of this run, read anew whenever they matter.
+    enrolled, and whom the coordinator has shut out of this run, read anew whenever they matter. incoming: the
+    folder in which accepted updates lie until they are merged.
     """
 
     uid: str
@@ -28,6 +30,7 @@ class RunContext:
     history: History
     audit: CoordinatorAudit
     exclusions: Exclusions
+    incoming: Path
 
     def shut_out(self) -> dict[str, str]:
         """Return who takes no part in this run any more, and why: "revoked" or "excluded"."""

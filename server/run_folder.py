@@ -1,6 +1,7 @@
 """The folder that a run writes, and who may write into it.
 
 RUN_DIR/ run.toml  history.jsonl  checkpoints/round-0003/  adapter/  summary.json
+and, while a round goes, incoming/
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from common.files import write_atomically
 from common.locks import LockHeldError, hold_lock
 from server.exclusions import EXCLUSIONS_FILE
 
-_OWN = ("run.toml", "history.jsonl", "checkpoints", "adapter", "summary.json", EXCLUSIONS_FILE)
+_OWN = (
+    "run.toml",
+    "history.jsonl",
+    "checkpoints",
+    "incoming",
+    "adapter",
+    "summary.json",
+    EXCLUSIONS_FILE,
+)
 _LOCK_FILE = ".lock"
 # May differ between a run and its resumption.
 # All that a site is sent stays: a changed task would be a new one, trained and charged again.
@@ -45,6 +54,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """One folder for each kept round."""
         return self.path / "checkpoints"
+
+    @property
+    def incoming(self) -> Path:
+        """The updates of the round that goes, until they are merged."""
+        return self.path / "incoming"
 
     @property
     def adapter(self) -> Path:

@@ -11,11 +11,19 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from common.adapter import AdapterShape, AdapterState, digest_tensors, from_safetensors
+from common.adapter import (
+    AdapterShape,
+    AdapterState,
+    FactorSource,
+    Float32,
+    digest_tensors,
+    from_safetensors,
+)
 from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureError
 from common.files import Buffer
 from common.records import Envelope, PrivacyRow, Reply, Task, envelope_of, open_reply
 from server.roster import Roster
+from server.update_norm import update_norm
 
 # A site that says one of these would say it again: it is not asked twice for the same.
 FINAL_REFUSALS = frozenset(
@@ -53,12 +61,16 @@ _MAX_PRODUCT_NORM = 1e30
 
 @dataclass(frozen=True, slots=True)
 class AcceptedUpdate:
-    """A reply that passed: who sent it, its adapter, its numbers and what it says of its privacy."""
+    """A reply that passed: who sent it, its adapter, its numbers and what it says of its privacy.
+
+    norm: the Frobenius norm of the update, all modules together; see `server.update_norm`.
+    """
 
     site: str
-    state: AdapterState
+    adapter: FactorSource
     numbers: Mapping[str, float]
     privacy: PrivacyRow
+    norm: float
 
 
 def answer_in(message: Message, *, who: str) -> Envelope:
@@ -108,13 +120,21 @@ def screen_reply(reply: Reply) -> None:
 
 
 def screen_update(
-    reply: Reply, adapter: Buffer, *, task: Task, shape: AdapterShape
+    reply: Reply,
+    adapter: Buffer,
+    *,
+    task: Task,
+    shape: AdapterShape,
+    sent: FactorSource,
+    max_norm: float,
 ) -> AcceptedUpdate:
     """Return the update in a verified reply to a train task, and the adapter that came beside it.
 
-    shape: what the site was asked to train. Raises ScreeningError as `screen_reply` does, and with
-    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest", "not-finite",
-    "privacy" (not the protection that was asked for) or "too-large" (finite, but a merge of it might not be).
+    shape: what the site was asked to train. sent: what it was sent to train it from. max_norm:
+    aggregation.max-update-norm, 0 for none. Raises ScreeningError as `screen_reply` does, and with
+    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest", "not-finite", "too-large"
+    (finite, but a merge of it might not be), "privacy" (not the protection that was asked for), "frozen" (a
+    factor changed that was not to be trained) or "update-norm" (above `max_norm`).
     """
     screen_reply(reply)
     site = reply.site
@@ -128,7 +148,40 @@ def screen_update(
         raise ScreeningError("not-finite", f"{site}: the adapter holds NaN or infinity")
     if not state.product_norm_bound() < _MAX_PRODUCT_NORM:
         raise ScreeningError("too-large", f"{site}: the adapter's product overflows float32")
-    return AcceptedUpdate(site, state, reply.numbers, _screen_privacy(reply, task=task))
+    privacy = _screen_privacy(reply, task=task)
+    _screen_frozen(state, site=site, task=task, sent=sent)
+    norm = update_norm(state, sent=sent)
+    if max_norm and not norm <= max_norm:
+        raise ScreeningError(
+            "update-norm",
+            f"{site}: the update has norm {norm:.6g}, and aggregation.max-update-norm is {max_norm:g}; ask "
+            "the site what it trained on, or raise the limit",
+        )
+    return AcceptedUpdate(site, state, reply.numbers, privacy, norm)
+
+
+def _screen_frozen(state: AdapterState, *, site: str, task: Task, sent: FactorSource) -> None:
+    """The factor that was not to be trained must come back as it was sent, to the bit."""
+    trained = task.config["round.trained-factors"]
+    if trained == "both":
+        return
+    for module, pair in state.pairs.items():
+        before = sent.pair(module)
+        if trained == "b":
+            same = _same_bits(pair.A, before.A[: state.rank])
+        else:
+            same = _same_bits(pair.B, before.B[:, : state.rank])
+        if not same:
+            raise ScreeningError(
+                "frozen",
+                f"{site}: factor {'A' if trained == 'b' else 'B'} of {module} changed, and this round trains "
+                f"{str(trained).upper()} only",
+            )
+
+
+def _same_bits(one: Float32, other: Float32) -> bool:
+    """Equal as bytes: 0.0 and -0.0 are equal as numbers and have two digests."""
+    return one.tobytes() == other.tobytes()
 
 
 def _screen_privacy(reply: Reply, *, task: Task) -> PrivacyRow:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from common.adapter import AdapterShape, AdapterState, LoraPair
+from common.adapter import AdapterShape, AdapterState, FactorSource, LoraPair
 
 # Two layers of different sides, each at least 5, so that every rank up to 5 fits.
 SIDES = {"model.q_proj": (6, 5), "model.v_proj": (5, 8)}
@@ -33,6 +33,13 @@ def random_adapter(
         },
         scaling,
     )
+
+
+def in_memory(source: FactorSource) -> AdapterState:
+    """Return an adapter, wherever it lies, as a state; every module's scaling is its own."""
+    own = {module: source.scaling_of(module) for module in source.modules}
+    pairs = {module: source.pair(module) for module in source.modules}
+    return AdapterState(pairs, next(iter(own.values())), own)
 
 
 def products(state: AdapterState) -> Products:

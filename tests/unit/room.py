@@ -54,6 +54,8 @@ class Room:
         self.audit = CoordinatorAudit(folder / "coordinator", KEY)
         self.exclusions = Exclusions(folder / EXCLUSIONS_FILE)
         self.roster_file = folder / "roster.json"
+        self.incoming = folder / "incoming"
+        self.incoming.mkdir(exist_ok=True)
         self.federation = self.open()
 
     def open(self, roster: Roster | None = None) -> Federation:
@@ -69,6 +71,7 @@ class Room:
             history=self.history,
             audit=self.audit,
             exclusions=self.exclusions,
+            incoming=self.incoming,
         )
         return Federation(cast(Grid, self.grid), run, shape=adapter_shape(4, scaling=2.0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
@@ -68,6 +69,19 @@ def test_every_node_gets_its_own_task_once_and_answers_once(clock: FakeClock) ->
         node: envelope for node, (_, envelope) in tasks.items()
     }
     assert clock.now_s == 1000.0
+
+
+def test_a_message_is_held_by_nobody_once_it_was_taken(clock: FakeClock) -> None:
+    """Each holds an adapter, and those that come together are judged one after the other."""
+    messenger = _messenger(_grid(clock, 2, 3, 4))
+    messenger.send(_tasks(2, 3, 4), ttl_s=70)
+    taken: list[weakref.ref[Message]] = []
+    for answer in messenger.answers(deadline_s=10):
+        assert [message() for message in taken] == [None] * len(taken)
+        assert answer.message is not None
+        taken.append(weakref.ref(answer.message))
+        del answer
+    assert len(taken) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from common.adapter import lora_scaling
+from common.adapter import LoraPair, lora_scaling
 from common.errors import QuorumError
 from common.records import Envelope, Task, seal_reply
 from common.signing import SigningKey
 from server.aggregation.types import leading_ranks
 from server.roster import Roster
 from server.rounds import Federation
-from tests.unit.adapters import assert_same_products, random_adapter
+from server.update_norm import update_norm
+from tests.unit.adapters import assert_same_products, in_memory, random_adapter
 from tests.unit.fake_federation import (
     Answer,
     Behaviour,
@@ -24,6 +25,8 @@ from tests.unit.fake_federation import (
     crashes,
     empty_reply,
     honest,
+    honest_reply,
+    incoming,
     refuses,
     refuses_with,
     replays_first,
@@ -52,8 +55,7 @@ def test_an_honest_round_brings_every_sites_update_by_name(
     assert [update.site for update in replies.updates] == ["bern", "oslo"]
     assert (replies.attempts, dict(replies.refused)) == (1, {})
     for update in replies.updates:
-        assert replies.sent[update.site] is CURRENT
-        assert_same_products(update.state, trained(CURRENT))
+        assert_same_products(in_memory(update.adapter), trained(CURRENT))
     # Two adapters each way, and what seals them.
     assert replies.bytes_down > 2 * CURRENT.size_bytes
     assert replies.bytes_up > 2 * CURRENT.size_bytes
@@ -94,7 +96,6 @@ def test_a_bad_site_is_refused_and_named_and_the_round_goes_on(
     replies = room.federation.run_round(CURRENT, server_round=1)
     assert [update.site for update in replies.updates] == ["bern", "oslo"]
     assert dict(replies.refused) == {"evil": reason}
-    assert set(replies.sent) == {"bern", "oslo"}
     assert replies.attempts == 1
     refused = [(event["site"], event["reason"]) for event in room.events("refused")]
     assert refused == [("evil", reason)] * times
@@ -314,8 +315,9 @@ def test_each_site_is_sent_the_rank_that_it_holds(
     assert room.sites["small"].tasks[0].config["lora.rank"] == 1
     assert room.sites["small"].tasks[0].adapter_digest == cut.digest()
     assert room.sites["large"].tasks[0].config["lora.rank"] == 4
-    assert replies.sent["small"].digest() == cut.digest()
-    ranks = {u.site: (u.state.rank, u.state.scaling) for u in replies.updates}
+    ranks = {
+        u.site: (u.adapter.rank, u.adapter.scaling_of("model.q_proj")) for u in replies.updates
+    }
     assert ranks == {"small": (1, small_scaling), "large": (4, scaling)}
 
 
@@ -323,8 +325,6 @@ def test_a_site_that_returns_another_rank_than_it_was_sent_is_refused(
     clock: FakeClock, tmp_path: Path
 ) -> None:
     def returns_more(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
-        from tests.unit.fake_federation import honest_reply
-
         state = random_adapter(1, rank=4)
         return seal_reply(
             honest_reply(site.name, task, state), site.key, adapter=state.to_safetensors()
@@ -357,6 +357,102 @@ def test_a_reply_after_the_deadline_is_named_and_counts_in_no_round(
     (late,) = room.events("late")
     assert (late["round"], late["site"], late["attempt"]) == (1, "kiel", 1)
     assert [line["site"] for line in room.lines("late")] == ["kiel"]
+
+
+@pytest.mark.parametrize(
+    ("slow_s", "reason"), [(59.0, ""), (60.0, ""), (61.5, "expired"), (3600.0, "expired")]
+)
+def test_a_reply_that_is_taken_after_its_task_expired_is_refused(
+    clock: FakeClock, tmp_path: Path, slow_s: float, reason: str
+) -> None:
+    """The SuperLink was away as the deadline passed: fetching the replies took that long."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]}, federation__quorum=1,
+                **{"federation__max-retries": 0})  # fmt: skip
+    room.federation.gather()
+    pull = room.grid.pull_messages
+
+    def slow_pull(message_ids: Any) -> Any:
+        arrived = list(pull(message_ids))
+        clock.sleep(slow_s if arrived else 0.0)
+        return arrived
+
+    room.grid.pull_messages = slow_pull  # type: ignore[method-assign]
+    if reason:
+        with pytest.raises(QuorumError, match=r"\(bern: expired, oslo: expired\)"):
+            room.federation.run_round(CURRENT, server_round=1)
+        assert [line["reason"] for line in room.lines("refused")] == ["expired"] * 2
+        assert room.events("reply") == []
+    else:
+        replies = room.federation.run_round(CURRENT, server_round=1)
+        assert [update.site for update in replies.updates] == ["bern", "oslo"]
+
+
+def test_a_second_reply_to_the_same_task_counts_for_nothing(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    """Be it delivered twice, or made anew by a site that would like to count twice."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [silent]})
+    room.federation.gather()
+    bern = room.grid.handlers[3]
+
+    def twice(message: Any) -> Any:
+        room.grid.uninvited.append(bern(message))
+        return bern(message)
+
+    room.grid.handlers[3] = twice
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert [event["site"] for event in room.events("reply")] == ["bern", "oslo"]
+    trained = [line["site"] for line in room.lines("reply") if line["kind"] == "train"]
+    assert trained == ["bern", "oslo"]
+    assert len(list(room.incoming.iterdir())) == 2
+
+
+def test_the_size_of_each_accepted_update_is_on_record(clock: FakeClock, tmp_path: Path) -> None:
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest]})
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    norm = update_norm(trained(CURRENT), sent=CURRENT)
+    assert [update.norm for update in replies.updates] == [norm, norm]
+    assert [event["update_norm"] for event in room.events("reply")] == [float(f"{norm:.6g}")] * 2
+
+
+def test_an_update_above_the_runs_limit_costs_its_site_the_round(
+    clock: FakeClock, tmp_path: Path
+) -> None:
+    norm = update_norm(trained(CURRENT), sent=CURRENT)
+
+    def far(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        state = trained(trained(CURRENT))
+        reply = honest_reply(site.name, task, state)
+        return seal_reply(reply, site.key, adapter=state.to_safetensors())
+
+    scripts: dict[str, list[Behaviour]] = {"oslo": [honest], "bern": [honest], "evil": [far]}
+    room = Room(clock, tmp_path, scripts, **{"aggregation__max-update-norm": 1.01 * norm})
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {"evil": "update-norm"}
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_frozen_factor_is_compared_with_what_that_site_was_sent(
+    clock: FakeClock, tmp_path: Path, rank: int
+) -> None:
+    """A site of rank 1 was sent a cut, whose B is scaled anew, and not the global adapter."""
+
+    def trains_b(site: FakeSite, task: Any, envelope: Envelope) -> Envelope:
+        sent = incoming(task, envelope)
+        pairs = {name: LoraPair(pair.A, pair.B + 1) for name, pair in sent.pairs.items()}
+        state = replace(sent, pairs=pairs)
+        reply = honest_reply(site.name, task, state)
+        return seal_reply(reply, site.key, adapter=state.to_safetensors())
+
+    scripts: dict[str, list[Behaviour]] = {"oslo": [trains_b], "bern": [trains_b], "evil": [honest]}
+    room = Room(clock, tmp_path, scripts, **{"aggregation__method": "ffa"})
+    for site in room.sites.values():
+        site.max_rank = rank
+    replies = room.federation.run_round(CURRENT, server_round=1)
+    assert [update.site for update in replies.updates] == ["bern", "oslo"]
+    assert dict(replies.refused) == {"evil": "frozen"}
 
 
 def test_flowers_word_that_nothing_came_is_no_late_reply(clock: FakeClock, tmp_path: Path) -> None:

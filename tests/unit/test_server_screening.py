@@ -20,16 +20,23 @@ from common.records import PROTOCOL, Envelope, PrivacyRow, Reply, Task, seal_rep
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey
 from server.roster import Roster, RosterEntry
 from server.screening import AcceptedUpdate, screen_reply, screen_update, verified_reply
-from tests.unit.adapters import adapter_shape, random_adapter
+from server.update_norm import update_norm
+from tests.unit.adapters import adapter_shape, in_memory, random_adapter
 from tests.unit.fake_federation import HEADS, honest_reply
 
 SHAPE = adapter_shape(2)
 STATE = random_adapter(0, rank=2)
+SENT = random_adapter(7, rank=2)
 OSLO, BERN = SigningKey.generate(), SigningKey.generate()
 ROSTER = Roster(
     [RosterEntry("oslo", OSLO.public_hex, 120), RosterEntry("bern", BERN.public_hex, 80)]
 )
-CONFIG = {"lora.rank": 2, "privacy.unit": "record", "privacy.target-delta": 1e-5}
+CONFIG = {
+    "lora.rank": 2,
+    "privacy.unit": "record",
+    "privacy.target-delta": 1e-5,
+    "round.trained-factors": "both",
+}
 TASK = Task("train", "run-7", "oslo", 3, 2, 2_000_000_000, "base", "incoming", CONFIG)
 
 
@@ -39,7 +46,7 @@ def _sealed(reply: Reply, *, key: SigningKey = OSLO, adapter: bytes | None = Non
 
 def _screen(envelope: Envelope) -> AcceptedUpdate:
     reply = verified_reply(envelope, task=TASK, site="oslo", roster=ROSTER)
-    return screen_update(reply, envelope.adapter, task=TASK, shape=SHAPE)
+    return screen_update(reply, envelope.adapter, task=TASK, shape=SHAPE, sent=SENT, max_norm=0.0)
 
 
 def _reason(envelope: Envelope) -> str:
@@ -60,8 +67,9 @@ def test_an_honest_reply_is_accepted() -> None:
     envelope = _sealed(_honest())
     update = _screen(envelope)
     assert update.site == "oslo"
-    assert update.state.digest() == STATE.digest()
-    assert update.state.scaling == SHAPE.scaling
+    assert in_memory(update.adapter).digest() == STATE.digest()
+    assert update.adapter.scaling_of("model.q_proj") == SHAPE.scaling
+    assert update.norm == update_norm(STATE, sent=SENT)
     assert update.numbers == {"steps": 3}
     assert update.privacy == _honest().privacy
 
@@ -325,3 +333,83 @@ def test_an_update_without_the_privacy_that_was_asked_for_is_refused(
     privacy: PrivacyRow | None,
 ) -> None:
     assert _reason(_sealed(_honest(privacy=privacy))) == "privacy"
+
+
+def _update(
+    returned: AdapterState,
+    *,
+    trained: str = "both",
+    sent: AdapterState = SENT,
+    max_norm: float = 0.0,
+) -> AcceptedUpdate:
+    task = replace(TASK, config={**CONFIG, "round.trained-factors": trained})
+    return screen_update(
+        honest_reply("oslo", task, returned),
+        returned.to_safetensors(),
+        task=task,
+        shape=SHAPE,
+        sent=sent,
+        max_norm=max_norm,
+    )
+
+
+def _with(state: AdapterState, factors: str, source: AdapterState) -> AdapterState:
+    """`state` with some factors of another one."""
+    pairs = {
+        name: LoraPair(
+            source.pairs[name].A if "A" in factors else pair.A,
+            source.pairs[name].B if "B" in factors else pair.B,
+        )
+        for name, pair in state.pairs.items()
+    }
+    return replace(state, pairs=pairs)
+
+
+@pytest.mark.parametrize(("trained", "factor"), [("b", "B"), ("a", "A")])
+def test_the_factor_that_is_not_trained_must_come_back_as_it_was_sent(
+    trained: str, factor: str
+) -> None:
+    frozen = "A" if factor == "B" else "B"
+    honest = _with(SENT, factor, STATE)
+    assert _update(honest, trained=trained).norm == update_norm(honest, sent=SENT)
+    # A negative zero is another number of the digest, and only its sign bit differs.
+    pair = SENT.pairs["model.v_proj"]
+    zeroed = {"A": pair.A.copy(), "B": pair.B.copy()}
+    zeroed[frozen][-1, -1] = 0.0
+    sent = replace(SENT, pairs={**SENT.pairs, "model.v_proj": LoraPair(**zeroed)})
+    zeroed = {name: array.copy() for name, array in zeroed.items()}
+    zeroed[frozen][-1, -1] = -0.0
+    signed = replace(SENT, pairs={**SENT.pairs, "model.v_proj": LoraPair(**zeroed)})
+    for before, returned in ((SENT, STATE), (SENT, _with(SENT, frozen, STATE)), (sent, signed)):
+        with pytest.raises(
+            ScreeningError, match=rf"oslo: factor {frozen} of model\..* changed, .* trains {factor}"
+        ) as caught:
+            _update(returned, trained=trained, sent=before)
+        assert caught.value.reason == "frozen"
+
+
+def test_with_both_factors_trained_both_may_change() -> None:
+    for returned in (SENT, STATE, _with(SENT, "A", STATE), _with(SENT, "B", STATE)):
+        assert _update(returned).site == "oslo"
+
+
+def test_ranks_that_were_sent_along_frozen_are_not_looked_for() -> None:
+    """Of the four ranks that were sent the leading two are trained, and only these come back."""
+    sent = random_adapter(3, rank=4)
+    pairs = {
+        name: LoraPair(pair.A[:2].copy(), STATE.pairs[name].B) for name, pair in sent.pairs.items()
+    }
+    update = _update(AdapterState(pairs, 2.0), trained="b", sent=sent)
+    assert update.norm == update_norm(AdapterState(pairs, 2.0), sent=sent)
+
+
+def test_an_update_above_the_limit_is_refused_with_both_numbers() -> None:
+    norm = update_norm(STATE, sent=SENT)
+    assert _update(STATE, max_norm=0.0).norm == norm
+    assert _update(STATE, max_norm=norm).norm == norm
+    with pytest.raises(
+        ScreeningError,
+        match=rf"oslo: the update has norm {norm:.6g}, and aggregation\.max-update-norm is 1;",
+    ) as caught:
+        _update(STATE, max_norm=1.0)
+    assert caught.value.reason == "update-norm"
