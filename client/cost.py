@@ -75,7 +75,7 @@ def run_cost(
     measured = per_record_s is not None
     if per_record_s is None:
         per_record_s = _probed_seconds(model, run, device=device)
-    one_way = run.train.rounds * model.shape.safetensors_size()
+    sent = model.shape.with_frozen(run.round.frozen_rank)
     return RunCost(
         unit=run.privacy.unit,
         epsilon=compose_epsilon(
@@ -85,8 +85,8 @@ def run_cost(
         lifetime_epsilon_after=lifetime_epsilon_after,
         rounds=run.train.rounds,
         steps=steps.steps,
-        bytes_down=one_way,
-        bytes_up=one_way,
+        bytes_down=run.train.rounds * sent.safetensors_size(),
+        bytes_up=run.train.rounds * model.shape.safetensors_size(),
         hours=run.train.rounds * planned_records(run) * per_record_s / 3600,
         hours_measured=measured,
     )
@@ -137,7 +137,8 @@ def _speed_key(model: PlannedModel, run: RunConfig) -> str:
     privacy = run.privacy
     # A patient is planned at its highest number of records, which few patients have.
     per_patient = privacy.max_records_per_patient if privacy.unit == "patient" else 0
-    settings = (model.shape.rank, run.data.max_length, run.train.gradient_checkpointing)
+    rank = model.shape.rank + run.round.frozen_rank
+    settings = (rank, run.data.max_length, run.train.gradient_checkpointing)
     return json.dumps([model.digest, run.model.quantization, *settings, per_patient])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.adapter import AdapterShape, AdapterState, from_safetensors
+from common.adapter import AdapterShape, AdapterState, Float32, from_safetensors
 from common.errors import EgressError, ProtocolError, ShapeError
 from common.files import Buffer
 
@@ -26,12 +26,19 @@ class CheckedAdapter:
     state: AdapterState
 
 
-def check_adapter(data: Buffer, *, shape: AdapterShape, max_norm: float) -> CheckedAdapter:
+def check_adapter(
+    data: Buffer,
+    *,
+    shape: AdapterShape,
+    max_norm: float,
+    untrained: Mapping[str, Float32] | None = None,
+) -> CheckedAdapter:
     """Return the adapter in the very bytes about to leave.
 
     shape: what the task asked to be trained. max_norm: policy.max-adapter-norm, of all tensors together.
+    untrained: those of its tensors that no training may change, as they came.
     Raises EgressError for any other tensor, shape or dtype, for anything else in the file, for values
-    that are not finite and for a norm above `max_norm`.
+    that are not finite, for a norm above `max_norm` and for an untrained tensor that is not as it came.
     """
     try:
         state = from_safetensors(data, shape=shape)
@@ -42,6 +49,14 @@ def check_adapter(data: Buffer, *, shape: AdapterShape, max_norm: float) -> Chec
     header = shape.safetensors_header()
     if len(data) != shape.safetensors_size() or data[: len(header)] != header:
         raise EgressError("the outgoing file holds more than its tensors")
+    tensors = state.tensors()
+    for name, came in (untrained or {}).items():
+        # Bits, not values: 0.0 equals -0.0, and a difference that no number shows could still say something.
+        if not np.array_equal(tensors[name].view(np.uint32), came.view(np.uint32)):
+            raise EgressError(
+                f"the outgoing {name} is not as it came, and round.trained-factors says that nobody trains "
+                "it; nothing leaves. Report this with the version of Consilium"
+            )
     norm = adapter_norm(state)
     if norm > max_norm:
         raise EgressError(

@@ -15,6 +15,7 @@ from client.plan import TaskPlan, plan_task
 from client.policy import check_task
 from client.site_config import SiteConfig
 from client.withdrawals import Withdrawals
+from common.adapter import AdapterShape
 from common.audit_log import AuditLog
 from common.canonical import canonical_json, from_canonical
 from common.errors import ApprovalError, BudgetError, ConfigError, RestoreError
@@ -78,7 +79,7 @@ class Gate:
             )
 
     def planned(self, plan: TaskPlan, *, base_digest: str) -> PlannedModel:
-        """Return the model and the adapter that a task trains; neither is loaded.
+        """Return the model and the adapter that a task trains and sends back; neither is loaded.
 
         Raises SignatureError when the folder is not the model that its digest names, ModelError when the
         adapter that is asked for does not fit it.
@@ -88,6 +89,11 @@ class Gate:
         check_digest(folder, base_digest)
         rank = min(run.lora.rank, config.policy.max_rank)
         return planned_model(folder, base_digest, run.lora, rank=rank)
+
+    def incoming_shape(self, plan: TaskPlan, *, base_digest: str) -> AdapterShape:
+        """Return what the adapter that comes with a task looks like. Raises as `planned` does."""
+        shape = self.planned(plan, base_digest=base_digest).shape
+        return shape.with_frozen(plan.run.round.frozen_rank)
 
     def cost(self, plan: TaskPlan, *, base_digest: str) -> RunCost:
         """Return what the whole run would cost this site."""

@@ -20,7 +20,7 @@ from client.outbox import KEPT_ROUNDS, Outbox, Outcome
 from client.plan import TaskPlan
 from client.replies import FailedTaskError, in_words
 from client.site_config import SiteConfig
-from client.training import Workbench, open_adapter
+from client.training import Workbench, open_adapter, untrained_part
 from client.turn import Caller, Turn
 from common.adapter import AdapterState
 from common.audit_log import AuditLog
@@ -88,7 +88,12 @@ class OneOutput:
         self._record_task(task)
         # Before the charge: what cannot be trained from must not cost the hospital anything.
         shape = self._gate.planned(plan, base_digest=task.base_digest).shape
-        open_incoming = partial(open_adapter, incoming, shape=shape, digest=task.adapter_digest)
+        open_incoming = partial(
+            open_adapter,
+            incoming,
+            shape=self._gate.incoming_shape(plan, base_digest=task.base_digest),
+            digest=task.adapter_digest,
+        )
         adapter = None if self._outbox.holds(task.task_id) else open_incoming()
         self._check_space(task, adapter_bytes=len(incoming))
         with self._turn.take(task, ends_s=ends_s, caller=caller) as on_step:
@@ -112,9 +117,15 @@ class OneOutput:
             self._forget_old(task)
         if outcome.failure:
             raise FailedTaskError(outcome.failure)
+        untrained = {}
+        if plan.run.round.trained_factors != "both":
+            untrained = untrained_part(adapter or open_incoming(), plan.run)
         # The file may have been exchanged since it was written.
         leaving = check_adapter(
-            outcome.adapter, shape=shape, max_norm=self._config.policy.max_adapter_norm
+            outcome.adapter,
+            shape=shape,
+            max_norm=self._config.policy.max_adapter_norm,
+            untrained=untrained,
         )
         privacy = privacy_row(plan, rows=self._gate.own_rows(task.run_uid))
         return Trained(leaving, outcome.numbers, privacy)

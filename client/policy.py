@@ -80,8 +80,12 @@ def _model(task: Task, run: RunConfig, site: SiteConfig) -> Iterator[str]:
 
 def _adapter(task: Task, run: RunConfig, site: SiteConfig) -> Iterator[str]:
     policy = site.policy
-    if task.kind != "describe" and run.lora.rank > policy.max_rank:
-        yield f"policy.max-rank = {policy.max_rank}: the task asks for lora.rank {run.lora.rank}"
+    frozen = run.round.frozen_rank
+    if task.kind != "describe" and run.lora.rank + frozen > policy.max_rank:
+        beside = f" and round.frozen-rank {frozen} beside it" if frozen else ""
+        yield (
+            f"policy.max-rank = {policy.max_rank}: the task asks for lora.rank {run.lora.rank}{beside}"
+        )
     allowed = policy.allowed_target_modules
     asked = [name.strip() for name in run.lora.target_modules.split(",")]
     forbidden = [name for name in asked if name not in allowed]

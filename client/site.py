@@ -185,7 +185,7 @@ class Site:
             check_not_expired(task, now_s=time.time() if now_s is None else now_s)
             plan = self._gate.consider(task, signer=signer)
             return max_safetensors_bytes(
-                self._gate.planned(plan, base_digest=task.base_digest).shape
+                self._gate.incoming_shape(plan, base_digest=task.base_digest)
             )
         except ConsiliumError:
             # `answer` will say why.

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from client.cost import Speeds
 from client.dp import signal_to_noise
 from client.egress import CheckedAdapter, check_adapter, check_numbers
@@ -16,10 +18,11 @@ from client.examples import ExampleStore, LocalExamples
 from client.noise import Entropy
 from client.site_config import SiteConfig
 from client.trainer import DpSettings, train
-from common.adapter import AdapterShape, AdapterState, from_safetensors
+from common.adapter import AdapterShape, AdapterState, Float32, from_safetensors
 from common.config import RunConfig
 from common.errors import ShapeError, SignatureError, TrainingError
 from common.files import Buffer
+from common.frozen_part import split_adapter, untrained_tensors
 from common.model import (
     attached,
     choose_device,
@@ -82,7 +85,7 @@ class Workbench:
     ) -> TrainedTask:
         """Return the outcome of a task; every check before leaving has passed.
 
-        incoming: from `open_adapter`; None starts from a fresh one (dry run).
+        incoming: from `open_adapter`, frozen ranks last; None starts from a fresh one (dry run).
         on_step: is told each step done. Raises ConsiliumError.
         """
         config, policy = self._config, self._config.policy
@@ -93,13 +96,15 @@ class Workbench:
             expected_digest=task.base_digest,
         )
         self._loaded = base.digest
-        with attached(base, run.lora) as model:
-            shape = shape_of(model, run.lora, run.lora.rank)
-            if incoming is not None:
-                write_adapter(model, incoming)
+        rank, factors = run.lora.rank, run.round.trained_factors
+        trained, frozen = (None, None) if incoming is None else split_adapter(incoming, rank=rank)
+        with attached(base, run.lora, trained_factors=factors, frozen=frozen) as model:
+            shape = shape_of(model, run.lora, rank)
+            if trained is not None:
+                write_adapter(model, trained)
             local = self._store.load(base, run)
             if dp is not None and local.patients is not None:
-                self._warn_of_few_patients(dp, len(local.patients), shape)
+                self._warn_of_few_patients(dp, len(local.patients), model)
             result = train(
                 model,
                 local.examples,
@@ -113,11 +118,16 @@ class Workbench:
                 entropy=self._entropy,
                 on_step=_until(policy.max_hours, then=on_step),
             )
-            outgoing = read_adapter(model, run.lora, rank=run.lora.rank).to_safetensors()
+            outgoing = read_adapter(model, run.lora, rank=rank).to_safetensors()
         num_parameters = sum(parameter.numel() for parameter in base.model.parameters())
         planned = PlannedModel(base.digest, shape, num_parameters)
         self._speeds.add(planned, run, seconds=result.seconds)
-        adapter = check_adapter(outgoing, shape=shape, max_norm=policy.max_adapter_norm)
+        adapter = check_adapter(
+            outgoing,
+            shape=shape,
+            max_norm=policy.max_adapter_norm,
+            untrained=None if incoming is None else untrained_part(incoming, run),
+        )
         numbers: dict[str, float] = {"steps": result.steps}
         if "train-loss" in policy.release_metrics and math.isfinite(result.mean_loss):
             numbers["train-loss"] = result.mean_loss
@@ -128,12 +138,12 @@ class Workbench:
         )
         return TrainedTask(adapter, checked, local)
 
-    def _warn_of_few_patients(self, dp: DpSettings, num_patients: int, shape: AdapterShape) -> None:
+    def _warn_of_few_patients(self, dp: DpSettings, num_patients: int, model: nn.Module) -> None:
         """Say once, in the hospital's own log, that there is more noise than signal to expect."""
         if self._warned or num_patients >= FEW_PATIENTS:
             return
         self._warned = True
-        dimension = sum(shape.rank * (d_out + d_in) for d_out, d_in in shape.modules.values())
+        dimension = sum(p.numel() for p in model.parameters() if p.requires_grad)
         ratio = signal_to_noise(
             num_units=dp.sample_rate * num_patients,
             noise_multiplier=dp.noise_multiplier,
@@ -162,6 +172,13 @@ def _until(max_hours: float, *, then: Callable[[int], None]) -> Callable[[int], 
         then(step)
 
     return on_step
+
+
+def untrained_part(incoming: AdapterState, run: RunConfig) -> dict[str, Float32]:
+    """Return the tensors of a task's adapter that its reply must hold as they came, by name."""
+    return untrained_tensors(
+        incoming, rank=run.lora.rank, trained_factors=run.round.trained_factors
+    )
 
 
 def open_adapter(data: Buffer, *, shape: AdapterShape, digest: str) -> AdapterState:

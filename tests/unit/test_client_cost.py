@@ -63,6 +63,23 @@ def test_a_run_costs_all_its_rounds(speeds: Speeds) -> None:
     assert cost.lifetime_epsilon_after == 7.0
 
 
+def test_ranks_that_are_not_trained_are_fetched_and_not_sent(speeds: Speeds) -> None:
+    cost = _cost(_run(round__frozen_rank=5), speeds)
+
+    # A (7 x 4) and B (3 x 7), float32, and the header of a file.
+    wide = AdapterShape({"layer": (3, 4)}, rank=7, scaling=1.0)
+    assert wide.size_bytes == 4 * 7 * (4 + 3)
+    assert cost.bytes_up == 3 * SHAPE.safetensors_size()
+    assert cost.bytes_down == 3 * wide.safetensors_size()
+
+
+def test_rounds_with_ranks_beside_them_have_a_speed_of_their_own(speeds: Speeds) -> None:
+    speeds.add(MODEL, _run(), seconds=40.0)
+
+    assert _cost(_run(), speeds).hours_measured
+    assert not _cost(_run(round__frozen_rank=5), speeds).hours_measured
+
+
 def test_a_run_without_protection_costs_infinite_epsilon(speeds: Speeds) -> None:
     cost = _cost(_run(privacy__unit="none"), speeds, steps=GaussianSteps(0.0, 1.0, 15))
 

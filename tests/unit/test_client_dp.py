@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from client.dp import add_clipped_sum, private_steps, signal_to_noise
 from client.noise import Entropy
 from client.trainer import DpSettings, train
 from common.adapter import AdapterState, LoraPair
-from common.config import LoraSection, TrainSection
+from common.config import LoraSection, TrainedFactors, TrainSection
 from common.errors import PrivacyError
 from common.metrics import record_losses
 from common.model import BaseModel, attached, initial_adapter, read_adapter, write_adapter
@@ -290,6 +291,92 @@ def test_patients_that_a_micro_batch_cannot_hold_are_refused(base: BaseModel) ->
 def test_a_record_of_two_patients_is_refused_before_any_training(base: BaseModel) -> None:
     with pytest.raises(PrivacyError, match="listed twice"):
         _trained(base, make_examples(2, lengths=(6,)), patients=[[0, 1], [1]])
+
+
+# One factor, and a frozen adapter beside it
+
+
+def frozen_beside(state: AdapterState, *, rank: int) -> AdapterState:
+    """A small random adapter of another rank on the same modules."""
+    generator = torch.Generator().manual_seed(2)
+    pairs = {
+        name: LoraPair(
+            (0.1 * torch.randn((rank, pair.A.shape[1]), generator=generator)).numpy(),
+            (0.1 * torch.randn((pair.B.shape[0], rank), generator=generator)).numpy(),
+        )
+        for name, pair in state.pairs.items()
+    }
+    return AdapterState(pairs, 0.5)
+
+
+@pytest.mark.parametrize("frozen_rank", [0, 40])
+@pytest.mark.parametrize("factors", ["a", "b"])
+@pytest.mark.parametrize("patients", [None, [[2], [0, 1, 3], [4]]], ids=["record", "patient"])
+def test_a_step_on_one_factor_equals_naive_clipping_of_that_factors_gradient(
+    base: BaseModel, factors: TrainedFactors, frozen_rank: int, patients: list[list[int]] | None
+) -> None:
+    """Rank 40 is above the smaller side of every layer that has one of 16 or 32."""
+    examples = make_examples(5, lengths=(6, 14, 9, 22, 4))
+    start = lively_adapter(base)
+    frozen = frozen_beside(start, rank=frozen_rank) if frozen_rank else None
+    dp = DpSettings(NO_NOISE, CLIP, 1.0, max_records_per_patient=4 if patients else 0)
+    with attached(base, LORA, trained_factors=factors, frozen=frozen) as model:
+        write_adapter(model, start)
+        before = _flat(model)
+        rows = [_naive_gradient(model, example) for example in examples]
+        means = [torch.stack([rows[i] for i in unit]).mean(dim=0) for unit in patients or []]
+        units = means or rows
+        expected = before - 0.5 / 4 * torch.stack([_clipped(unit) for unit in units]).sum(dim=0)
+        train(
+            model, Examples(examples), settings=ONE_STEP, server_round=1, stream="site", pad_id=0,
+            device=base.device, dp=dp, patients=patients,
+        )  # fmt: skip
+        after = _flat(model)
+
+    assert len(after) == sum(
+        (pair.A if factors == "a" else pair.B).size for pair in start.pairs.values()
+    )
+    assert all(float(unit.norm()) > CLIP for unit in units), "clipping is at work"
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("factors", ["a", "b"])
+@pytest.mark.parametrize("patients", [None, [[0], [1, 2]]], ids=["record", "patient"])
+def test_noise_goes_to_the_trained_factor_and_the_other_stays_bit_for_bit(
+    base: BaseModel,
+    factors: TrainedFactors,
+    optimizer: Literal["sgd", "adamw"],
+    checkpointing: bool,
+    patients: list[list[int]] | None,
+) -> None:
+    """Weight decay too would move what is not trained."""
+    settings = ONE_STEP.model_copy(
+        update={
+            "local_steps": 2, "optimizer": optimizer, "gradient_checkpointing": checkpointing,
+            "weight_decay": 0.1,
+        }
+    )  # fmt: skip
+    dp = DpSettings(2.0, CLIP, 0.5, max_records_per_patient=2 if patients else 0)
+    start = lively_adapter(base)
+    frozen = frozen_beside(start, rank=3)
+    with attached(base, LORA, trained_factors=factors, frozen=frozen) as model:
+        write_adapter(model, start)
+        beside = {n: p.clone() for n, p in model.named_parameters() if ".frozen." in n}
+        train(
+            model, Examples(make_examples(3, lengths=(6, 9))), settings=settings, server_round=1,
+            stream="site", pad_id=0, device=base.device, dp=dp, patients=patients,
+        )  # fmt: skip
+        after = read_adapter(model, LORA, rank=4)
+        assert len(beside) == 4 * 7
+        assert all(torch.equal(p, beside[n]) for n, p in model.named_parameters() if n in beside)
+
+    for name, pair in start.pairs.items():
+        moved = {"a": (after.pairs[name].A != pair.A), "b": (after.pairs[name].B != pair.B)}
+        # Noise reaches every coordinate.
+        assert moved.pop(factors).all()
+        assert not any(other.any() for other in moved.values())
 
 
 # The clipped sum

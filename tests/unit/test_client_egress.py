@@ -86,6 +86,28 @@ def test_the_norm_is_that_of_one_long_vector(seed: int, size: float) -> None:
     assert adapter_norm(state) == pytest.approx(np.linalg.norm(vector.astype(np.float64)))
 
 
+def test_a_tensor_that_nobody_trains_leaves_as_it_came_to_the_bit() -> None:
+    came = _tensors()
+    untrained = {A: came[A]}
+
+    trained = save({**came, B: np.full((3, 2), 7.0, np.float32)})
+    assert check_adapter(trained, shape=SHAPE, max_norm=99.0, untrained=untrained).data == trained
+    for change in (np.float32(1 + 2**-23), -np.float32(1)):
+        leak = came[A].copy()
+        leak[1, 3] = change
+        with pytest.raises(EgressError, match=rf"outgoing {A} is not as it came"):
+            check_adapter(save({**came, A: leak}), shape=SHAPE, max_norm=99.0, untrained=untrained)
+
+
+def test_the_sign_of_a_zero_is_a_bit_too() -> None:
+    came = _tensors()
+    hidden = came[B].copy()
+    hidden[2, 1] = -0.0
+
+    with pytest.raises(EgressError, match=rf"outgoing {B} is not as it came"):
+        check_adapter(save({**came, B: hidden}), shape=SHAPE, max_norm=99.0, untrained={B: came[B]})
+
+
 def test_public_numbers_may_leave_and_others_only_when_listed() -> None:
     assert check_numbers({"steps": 3, "declared-size": 100}, released=(), digits=1) == {
         "steps": 3,

@@ -11,7 +11,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 
 from client.grad_sample import record_gradients
-from common.config import LoraSection, ModelSection
+from common.config import LoraSection, ModelSection, TrainedFactors
 from common.errors import PrivacyError, TrainingError
 from common.metrics import record_losses
 from common.model import (
@@ -23,7 +23,7 @@ from common.model import (
     write_adapter,
 )
 from common.prompts import Example, collate
-from tests.unit.test_client_dp import lively_adapter
+from tests.unit.test_client_dp import frozen_beside, lively_adapter
 from tests.unit.tiny import CONFIGS, make_examples, tiny_base
 
 CPU = torch.device("cpu")
@@ -74,11 +74,19 @@ def _opacus_rows(model: nn.Module, examples: list[Example]) -> torch.Tensor:
             vars(parameter).pop("grad_sample", None)
 
 
-def test_a_records_gradient_does_not_change_with_its_neighbour(model: nn.Module) -> None:
+@pytest.mark.parametrize("frozen_rank", [0, 6])
+@pytest.mark.parametrize("factors", ["both", "a", "b"])
+def test_a_records_gradient_does_not_change_with_its_neighbour(
+    factors: TrainedFactors, frozen_rank: int
+) -> None:
     record, short, long = make_examples(3, lengths=(12, 5, 30))
-
-    with_short = _rows(model, [record, short])[0]
-    with_long = _rows(model, [record, long])[0]
+    base = tiny_base("llama")
+    start = lively_adapter(base)
+    frozen = frozen_beside(start, rank=frozen_rank) if frozen_rank else None
+    with attached(base, LORA, trained_factors=factors, frozen=frozen) as model:
+        write_adapter(model, start)
+        with_short = _rows(model, [record, short])[0]
+        with_long = _rows(model, [record, long])[0]
 
     assert float(with_short.norm()) > 0.01
     torch.testing.assert_close(with_short, with_long, rtol=1e-4, atol=1e-6)
@@ -112,15 +120,17 @@ def test_rows_of_every_family_are_the_gradients_of_one_record_at_a_time(
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("factors", ["both", "a", "b"])
+@pytest.mark.parametrize(("dropout", "frozen_rank"), [(0.0, 0), (0.5, 0), (0.5, 6)])
 def test_rows_on_a_quantised_base_are_those_of_opacuss_hooks(
-    tiny_model_dir: Path, dropout: float
+    tiny_model_dir: Path, dropout: float, frozen_rank: int, factors: TrainedFactors
 ) -> None:
     base = load_base(tiny_model_dir, ModelSection(quantization="nf4"), device=CPU)
     lora = LORA.model_copy(update={"dropout": dropout})
     examples = make_examples(4, lengths=(6, 14, 9))
     start = lively_adapter(base)
-    with attached(base, lora) as model:
+    frozen = frozen_beside(start, rank=frozen_rank) if frozen_rank else None
+    with attached(base, lora, trained_factors=factors, frozen=frozen) as model:
         write_adapter(model, start)
         model.train()
         with torch.random.fork_rng():

@@ -83,6 +83,11 @@ def test_a_task_at_every_limit_is_allowed_and_its_settings_returned() -> None:
     [
         ({"lora.rank": 9}, r"policy.max-rank = 8: the task asks for lora.rank 9"),
         ({"lora.rank": 4096}, r"policy.max-rank = 8: the task asks for lora.rank 4096"),
+        ({"round.frozen-rank": 1}, r"policy.max-rank = 8: .* lora.rank 8 and round.frozen-rank 1"),
+        (
+            {"lora.rank": 2, "round.frozen-rank": 7},
+            r"max-rank = 8: .* 2 and round.frozen-rank 7 bes",
+        ),
         ({"train.local-steps": 6}, r"policy.max-steps = 5: .* train.local-steps 6"),
         ({"train.batch-size": 5}, r"policy.max-tokens = 640: .* 25 records of up to 32 tokens"),
         ({"data.max-length": 33}, r"policy.max-tokens = 640: .* 20 records of up to 33 tokens"),
@@ -104,6 +109,11 @@ def test_one_step_beyond_a_line_is_refused_and_the_line_named(
 ) -> None:
     with pytest.raises(PolicyError, match=line):
         check_task(_task(settings), site=_site())
+
+
+def test_ranks_that_are_not_trained_count_towards_the_highest() -> None:
+    run = check_task(_task({"lora.rank": 3, "round.frozen-rank": 5}), site=_site())
+    assert (run.lora.rank, run.round.frozen_rank) == (3, 5)
 
 
 def test_every_line_that_forbids_a_task_is_named_at_once() -> None:
