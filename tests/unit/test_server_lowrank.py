@@ -1,6 +1,8 @@
-"""The SVD of a sum of products, against the dense one in float64."""
+"""The SVD of a sum of products, each way of taking it, against the dense one in float64."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ShapeError
-from server.lowrank import truncated_svd
+from server.lowrank import TruncatedSvd, Way, choose_way, truncated_svd
 
 Matrix = npt.NDArray[np.float64]
+Stack = tuple[Matrix, Matrix]
 SEEDS = st.integers(0, 2**32 - 1)
+WAYS: list[Way] = ["gram", "qr", "whole"]
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 def _stacks(
@@ -55,16 +60,23 @@ def test_a_diagonal_sum_is_cut_to_its_largest_entries() -> None:
     d_in=st.integers(1, 12),
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     decades=st.floats(0, 12),
+    way=st.sampled_from([None, *WAYS]),
     data=st.data(),
 )
 def test_equals_the_dense_svd_whatever_the_stack(
-    seed: int, d_out: int, d_in: int, ranks: list[int], decades: float, data: st.DataObject
+    seed: int,
+    d_out: int,
+    d_in: int,
+    ranks: list[int],
+    decades: float,
+    way: Way | None,
+    data: st.DataObject,
 ) -> None:
     """Wide, tall, badly conditioned, and with more columns in the stack than the matrix has."""
     rank = data.draw(st.integers(1, min(d_out, d_in)), label="rank")
     lefts, rights = _stacks(seed, d_out=d_out, d_in=d_in, ranks=ranks, decades=decades)
     dense = _dense(lefts, rights)
-    svd = truncated_svd(lefts, rights, rank=rank)
+    svd = truncated_svd(lefts, rights, rank=rank, way=way)
 
     assert svd.U.shape == (d_out, rank)
     assert svd.S.shape == (rank,)
@@ -146,3 +158,194 @@ def test_refuses_a_rank_above_the_smaller_side() -> None:
 def test_refuses_stacks_that_do_not_multiply() -> None:
     with pytest.raises(ShapeError, match="do not multiply"):
         truncated_svd([np.ones((3, 2))], [np.ones((1, 5))], rank=1)
+
+
+# What follows has more than 64 columns in the stack: fewer take another branch, proven above.
+TALL, WIDE, COLUMNS = 120, 90, 80
+
+
+def _orthonormal(random: np.random.Generator, size: int, columns: int) -> Matrix:
+    return np.linalg.qr(random.standard_normal((size, columns)))[0]
+
+
+def _spectrum(random: np.random.Generator, values: npt.ArrayLike) -> Stack:
+    """A stack of COLUMNS columns with these singular values and no more, in no column alone."""
+    values = np.asarray(values, dtype=np.float64)
+    inner = _orthonormal(random, COLUMNS, len(values))
+    left = (_orthonormal(random, TALL, len(values)) * values) @ inner.T
+    return left, inner @ _orthonormal(random, WIDE, len(values)).T
+
+
+def _random(random: np.random.Generator, *, left: npt.ArrayLike, right: npt.ArrayLike) -> Stack:
+    """Random factors, the columns of L and the rows of R scaled."""
+    scale = np.asarray(right, dtype=np.float64)[:, None]
+    return (
+        random.standard_normal((TALL, COLUMNS)) * np.asarray(left),
+        random.standard_normal((COLUMNS, WIDE)) * scale,
+    )
+
+
+def _cancelling(random: np.random.Generator, share: float) -> Stack:
+    """B A - B (A + share * other): what is left is `share` of either."""
+    b = random.standard_normal((TALL, COLUMNS // 2))
+    a = random.standard_normal((COLUMNS // 2, WIDE))
+    other = random.standard_normal(a.shape)
+    return np.hstack([b, -b]), np.vstack([a, a + share * other])
+
+
+def _nearly_parallel(random: np.random.Generator, angle: float) -> Stack:
+    left, right = _random(random, left=angle * np.ones(COLUMNS), right=angle * np.ones(COLUMNS))
+    return left + random.standard_normal((TALL, 1)), right + random.standard_normal((1, WIDE))
+
+
+FALLING = np.logspace(0, -12, COLUMNS)
+MILLION = np.where(np.arange(COLUMNS) % 32 < 16, 1e6, 1e-6)
+HARD: dict[str, Callable[[np.random.Generator], Stack]] = {
+    "plain": lambda random: _random(random, left=np.ones(COLUMNS), right=np.ones(COLUMNS)),
+    "falls by 12 decades": lambda random: _random(random, left=FALLING, right=np.ones(COLUMNS)),
+    "both fall": lambda random: _random(random, left=FALLING, right=FALLING),
+    "one falls, one rises": lambda random: _random(random, left=FALLING, right=FALLING[::-1]),
+    "a million by a millionth": lambda random: _random(random, left=MILLION, right=1 / MILLION),
+    "nearly parallel": lambda random: _nearly_parallel(random, 1e-7),
+    "a tenth is left": lambda random: _cancelling(random, 1e-1),
+    "a thousandth is left": lambda random: _cancelling(random, 1e-3),
+    "a millionth is left": lambda random: _cancelling(random, 1e-6),
+    "slow decay": lambda random: _spectrum(random, np.arange(1, 71) ** -0.5),
+    "fast decay": lambda random: _spectrum(random, 10.0 ** -np.arange(16)),
+    "a tie at the cut": lambda random: _spectrum(random, [3.0] * 4 + [2.0] * 60),
+    "all equal": lambda random: _spectrum(random, np.ones(70)),
+    "exactly of rank 4": lambda random: _spectrum(random, [4.0, 3.0, 2.0, 1.0]),
+    "of rank 6, over 5 decades": lambda random: _spectrum(random, 10.0 ** -np.arange(6)),
+}
+
+
+@every_way
+@pytest.mark.parametrize("upright", [True, False], ids=["tall", "wide"])
+@pytest.mark.parametrize("case", HARD)
+def test_no_other_rank_6_matrix_is_nearer_however_hard_the_stack(
+    case: str, upright: bool, way: Way
+) -> None:
+    left, right = HARD[case](np.random.default_rng(3))
+    if not upright:
+        left, right = right.T, left.T
+    dense = left @ right
+    size = np.linalg.norm(dense)
+    values = np.linalg.svd(dense, compute_uv=False)
+    svd = truncated_svd([left], [right], rank=6, way=way)
+    product = (svd.U * svd.S) @ svd.Vt
+
+    # 1e-5 is promised; the rounding of factors a million times as large as M takes 1e-10 of it.
+    best = np.linalg.norm(values[6:])
+    missed = np.linalg.norm(dense - product)
+    assert missed - best <= 1e-9 * size
+    np.testing.assert_allclose(svd.S, values[:6], rtol=0, atol=1e-9 * values[0])
+    assert svd.tail_energy == pytest.approx(missed**2, rel=1e-9, abs=1e-10 * size**2)
+    assert svd.total_energy == pytest.approx(size**2, rel=1e-9)
+    assert svd.live_rank == (values[:6] > 1e-7 * values[0]).sum()
+    live = svd.live_rank
+    np.testing.assert_allclose(svd.U[:, :live].T @ svd.U[:, :live], np.eye(live), atol=1e-12)
+    np.testing.assert_allclose(svd.Vt[:live] @ svd.Vt[:live].T, np.eye(live), atol=1e-12)
+    if values[5] > 1.01 * values[6] and live == 6:
+        # With a gap there is one best matrix only, and this is it.
+        assert np.linalg.norm(product - _truncated(dense, 6)) <= 1e-7 * size
+
+
+@every_way
+def test_a_millionth_of_the_largest_is_found_in_a_wide_stack_and_dust_is_not(way: Way) -> None:
+    # Squared it is 1e-12; what rounding adds to squares is 1e-14, to the factors' own product 1e-16.
+    left, right = _spectrum(np.random.default_rng(0), [1.0, 1e-3, 1e-6])
+    svd = truncated_svd([left], [right], rank=16, way=way)
+    np.testing.assert_allclose(svd.S[:3], [1.0, 1e-3, 1e-6], rtol=1e-8)
+    assert svd.live_rank == 3
+    assert np.all(svd.S[3:] < 1e-13)
+
+
+@every_way
+def test_a_wide_stack_that_cancels_wholly_has_no_live_component_and_no_energy(way: Way) -> None:
+    # Rounding leaves 1e-16 of each block, in directions that mean nothing.
+    left, right = _cancelling(np.random.default_rng(5), 0.0)
+    svd = truncated_svd([left], [right], rank=6, way=way)
+    assert svd.live_rank == 0
+    assert np.all(svd.S == 0)
+    assert (svd.tail_energy, svd.total_energy) == (0.0, 0.0)
+
+
+@every_way
+def test_a_wide_stack_of_zeros_is_zero(way: Way) -> None:
+    svd = truncated_svd([np.zeros((TALL, 80))], [np.ones((80, WIDE))], rank=6, way=way)
+    assert svd.live_rank == 0
+    np.testing.assert_array_equal((svd.U * svd.S) @ svd.Vt, np.zeros((TALL, WIDE)))
+    assert (svd.tail_energy, svd.total_energy) == (0.0, 0.0)
+
+
+def _product(svd: TruncatedSvd) -> Matrix:
+    return (svd.U * svd.S) @ svd.Vt
+
+
+@every_way
+@settings(deadline=None, max_examples=15)
+@given(seed=SEEDS, data=st.data())
+def test_neither_order_nor_empty_sites_nor_whose_factor_is_large_changes_the_merge(
+    way: Way, seed: int, data: st.DataObject
+) -> None:
+    lefts, rights = _stacks(seed, d_out=30, d_in=40, ranks=[8] * 9, decades=3)
+    merged = truncated_svd(lefts, rights, rank=5, way=way)
+    order = data.draw(st.permutations(range(9)), label="order")
+    size = data.draw(st.floats(1e-6, 1e6), label="size")
+    shuffled = truncated_svd(
+        [*(lefts[i] * size for i in order), np.zeros((30, 4))],
+        [*(rights[i] / size for i in order), np.ones((4, 40))],
+        rank=5,
+        way=way,
+    )
+    scale = merged.S[0]
+    np.testing.assert_allclose(shuffled.S, merged.S, rtol=1e-10)
+    np.testing.assert_allclose(shuffled.tail_energy, merged.tail_energy, rtol=1e-9)
+    gap = np.linalg.svd(_dense(lefts, rights), compute_uv=False)[4:6]
+    if gap[0] > 1.001 * gap[1]:
+        np.testing.assert_allclose(_product(shuffled), _product(merged), atol=1e-9 * scale)
+
+
+@every_way
+@settings(deadline=None, max_examples=15)
+@given(seed=SEEDS)
+def test_at_full_rank_nothing_is_left_out(way: Way, seed: int) -> None:
+    lefts, rights = _stacks(seed, d_out=70, d_in=75, ranks=[16] * 5)
+    svd = truncated_svd(lefts, rights, rank=70, way=way)
+    dense = _dense(lefts, rights)
+    np.testing.assert_allclose(_product(svd), dense, atol=1e-11 * svd.S[0])
+    assert svd.tail_energy == 0.0
+
+
+@every_way
+def test_the_same_factors_give_the_same_bits(way: Way) -> None:
+    lefts, rights = _stacks(2, d_out=TALL, d_in=WIDE, ranks=[16] * 5)
+    first, second = (truncated_svd(lefts, rights, rank=16, way=way) for _ in range(2))
+    np.testing.assert_array_equal(first.U, second.U)
+    np.testing.assert_array_equal(first.S, second.S)
+    np.testing.assert_array_equal(first.Vt, second.Vt)
+    assert (first.tail_energy, first.total_energy) == (second.tail_energy, second.total_energy)
+
+
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "columns", "way"),
+    [
+        (4096, 4096, 32, "qr"),
+        (4096, 11008, 160, "gram"),
+        (11008, 4096, 1616, "gram"),
+        (768, 3072, 768, "whole"),
+        (64, 64, 176, "whole"),
+        (64, 64, 32, "qr"),
+    ],
+)
+def test_the_way_follows_from_the_shape(d_out: int, d_in: int, columns: int, way: Way) -> None:
+    assert choose_way(d_out=d_out, d_in=d_in, columns=columns) == way
+
+
+def test_without_a_word_the_shape_decides_and_cancelling_products_go_by_qr() -> None:
+    random = np.random.default_rng(1)
+    plain, cancelling = HARD["plain"](random), HARD["a millionth is left"](random)
+    for (left, right), way in ((plain, "gram"), (cancelling, "qr")):
+        chosen = truncated_svd([left], [right], rank=6)
+        by_name = truncated_svd([left], [right], rank=6, way=way)
+        np.testing.assert_array_equal(chosen.U, by_name.U)
