@@ -31,6 +31,8 @@ from common.signing import BUNDLE_DOMAIN, ENROLMENT_DOMAIN, SigningKey
 
 # It becomes the name of files and folders.
 SITE_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+# More than any data set has; it is a weight, and one beyond all reason would be the only one that counts.
+MAX_DECLARED_SIZE = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def open_enrolment(data: bytes) -> Enrolment:
         problems.append(
             f"site {opened.site[:64]!r} is no name of letters, digits, '.', '_' and '-'"
         )
-    if opened.declared_size < 1:
+    if not 1 <= opened.declared_size <= MAX_DECLARED_SIZE:
         problems.append(f"declared_size is {opened.declared_size}")
     try:
         opened = replace(opened, node_key=plain_node_key(opened.node_key))

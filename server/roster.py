@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.canonical import canonical_json
+from common.enrolment import MAX_DECLARED_SIZE
 from common.errors import ConfigError
 from common.files import write_atomically
 
@@ -19,12 +20,21 @@ class RosterEntry:
     """One enrolled site: its name, Ed25519 public key (64 hex digits) and declared size.
 
     node_key: of its SuperNode, in OpenSSH form; "" in a simulation, which has none.
+    Raises ConfigError for a declared size that is no weight: no integer in 1 to 10^12.
     """
 
     site: str
     public_key: str
     declared_size: int
     node_key: str = ""
+
+    def __post_init__(self) -> None:
+        size = self.declared_size
+        if type(size) is not int or not 1 <= size <= MAX_DECLARED_SIZE:
+            raise ConfigError(
+                f"the roster has {self.site!r} with declared size {size!r}, which is no weight; let it be an "
+                f"integer from 1 to {MAX_DECLARED_SIZE:,}, the one that the site enrolled with"
+            )
 
 
 class Roster(Mapping[str, RosterEntry]):
@@ -57,7 +67,7 @@ class Roster(Mapping[str, RosterEntry]):
 
     @classmethod
     def load(cls, path: Path) -> Roster:
-        """Return a saved roster. Raises ConfigError when it is missing or malformed."""
+        """Return a saved roster. Raises ConfigError when it is missing, malformed or has a bad size."""
         try:
             return cls(RosterEntry(**entry) for entry in json.loads(path.read_text()))
         except FileNotFoundError:

@@ -31,8 +31,8 @@ from common.signing import SigningKey
 from server.roster import RosterEntry
 from tests.unit.adapters import adapter_shape
 
-# What one message is answered with: an envelope, an error code of Flower's, or nothing at all.
-Answer = Envelope | int | None
+# What one message is answered with: an envelope, other records, an error code of Flower's, or nothing at all.
+Answer = Envelope | RecordDict | int | None
 Behaviour = Callable[["FakeSite", Task, Envelope], Answer]
 
 
@@ -121,11 +121,12 @@ class FakeGrid:
         return uninvited + [reply for _, reply in due]
 
 
-def reply_message(answer: Envelope | int, *, to: Message) -> Message:
-    """Return a Flower reply that carries an envelope, or an error code."""
+def reply_message(answer: Envelope | RecordDict | int, *, to: Message) -> Message:
+    """Return a Flower reply that carries an envelope, any other records, or an error code."""
     if isinstance(answer, int):
         return Message(Error(answer, "an exception's own text"), reply_to=to)
-    return Message(to_records(answer), reply_to=to)
+    records = to_records(answer) if isinstance(answer, Envelope) else answer
+    return Message(records, reply_to=to)
 
 
 @dataclass

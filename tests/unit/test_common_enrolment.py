@@ -80,6 +80,7 @@ def test_one_kind_never_passes_for_the_other() -> None:
         ({"site": "../bern"}, "site '../bern' is no name"),
         ({"site": ""}, "is no name"),
         ({"declared_size": 0}, "declared_size is 0"),
+        ({"declared_size": 10**12 + 1}, "declared_size is 1000000000001"),
         ({"node_key": "ssh-rsa AAAA"}, "node_key is no ECDSA P-384"),
         ({"node_key": _ssh(ed25519.Ed25519PrivateKey.generate())}, "no ECDSA P-384"),
         ({"node_key": _ssh(ec.generate_private_key(ec.SECP256R1()))}, "no ECDSA P-384"),

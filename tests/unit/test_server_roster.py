@@ -59,6 +59,29 @@ def test_a_malformed_roster_is_refused(tmp_path: Path, text: str) -> None:
         Roster.load(path)
 
 
+@pytest.mark.parametrize(
+    "size",
+    ["0", "-5", "1000000000001", "1e400", "NaN", "-Infinity", "12.0", "true", '"12"', "null"],
+)
+def test_a_declared_size_that_is_no_weight_is_refused_when_the_roster_is_read(
+    tmp_path: Path, size: str
+) -> None:
+    """Python reads NaN, Infinity and 1e400 from JSON; a NaN weight would make a NaN of every merge."""
+    path = tmp_path / "roster.json"
+    path.write_text(f'[{{"site": "oslo", "public_key": "aa", "declared_size": {size}}}]')
+    with pytest.raises(
+        ConfigError, match=r"'oslo' with declared size .* from 1 to 1,000,000,000,000"
+    ):
+        Roster.load(path)
+
+
+@pytest.mark.parametrize("size", [1, 10**12])
+def test_the_smallest_and_the_largest_declared_size_are_weights(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "roster.json"
+    Roster([replace(OSLO, declared_size=size)]).save(path)
+    assert Roster.load(path)["oslo"].declared_size == size
+
+
 def test_a_run_that_goes_sees_who_leaves_and_who_has_new_keys_but_not_who_comes(
     tmp_path: Path,
 ) -> None:
