@@ -143,19 +143,23 @@ class Agent:
         """Let whatever is trained stop at its next step; nothing else is taken on."""
         self._stopping.set()
 
-    def keep_lean(self) -> None:
-        """Drop the base model and the records once nobody has asked for long; until `stop`."""
+    def keep_tidy(self) -> None:
+        """Write down what was only counted, and drop what nobody has asked for in long; until `stop`."""
         while not self._stopping.wait(min(5.0, self._idle_s / 2)):
-            with self._lock:
-                last = self._last_answer
-                if self._in_flight or not last or time.time() - last < self._idle_s:
-                    continue
-                if not self._site.loaded_base:
-                    continue
-                # Within the lock: a task that comes now loads it again.
-                self._site.release_base()
-            _give_back_memory()
-            logger.info("no task for %g s: the base model has left the memory", self._idle_s)
+            self._site.refusals.close_minute()
+            self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            last = self._last_answer
+            if self._in_flight or not last or time.time() - last < self._idle_s:
+                return
+            if not self._site.loaded_base:
+                return
+            # Within the lock: a task that comes now loads it again.
+            self._site.release_base()
+        _give_back_memory()
+        logger.info("no task for %g s: the base model has left the memory", self._idle_s)
 
     def _reply(
         self,
@@ -259,12 +263,13 @@ def run_agent(site: Site) -> None:
         control = _server(_controlling(agent), pools[1])
         _listen(relay, config.socket_path, mode=_SOCKET_MODE, stack=stack)
         _listen(control, config.control_socket_path, mode=_CONTROL_MODE, stack=stack)
-        threading.Thread(target=agent.keep_lean, name="idle", daemon=True).start()
+        threading.Thread(target=agent.keep_tidy, name="idle", daemon=True).start()
         logger.info("agent of %s, listening on %s", config.site.name, config.socket_path)
         stop.wait()
         agent.stop()
         for ended in [server.stop(_GRACE_S) for server in (relay, control)]:
             ended.wait()
+        site.refusals.close_minute(at_once=True)
 
 
 def _answering(agent: Agent) -> grpc.GenericRpcHandler:

@@ -10,7 +10,6 @@ agent and in a simulation, where a site is a folder laid out exactly like a hosp
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -28,7 +27,8 @@ from client.one_output import OneOutput, privacy_row
 from client.outbox import Outbox
 from client.plan import plan_task
 from client.policy import check_run_uid, check_task
-from client.replies import Replies, in_words
+from client.refusals import Refusals
+from client.replies import Replies
 from client.sent import Manifest, Manifests, manifest_of
 from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
@@ -86,6 +86,7 @@ class Site:
         state = config.folder / "state"
         self.ledger = Ledger(state / "ledger.sqlite")
         self.audit = AuditLog(state / "audit.jsonl", key)
+        self.refusals = Refusals(self.audit)
         self.approvals = Approvals(state / "approvals")
         self.manifests = Manifests(state / "manifests")
         self._replies = Replies(
@@ -167,9 +168,9 @@ class Site:
             )
             task = open_task(envelope, public_keys=(signer,), site=self.config.site.name)
         except (SignatureError, ProtocolError) as error:
-            received = hashlib.sha256(envelope.payload).hexdigest()
-            self.audit.append("refused", task_sha256=received, code=error.code, why=in_words(error))
+            self.refusals.note(envelope.payload, error)
             raise
+        self.refusals.close_minute()
         if task.kind == "train":
             self._turn.require_free(task, caller)
         return task, signer
