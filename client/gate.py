@@ -13,6 +13,7 @@ from client.cost import RunCost, Speeds, run_cost
 from client.ledger import Ledger, LedgerRow
 from client.plan import TaskPlan, plan_task
 from client.policy import check_task
+from client.run_owners import RunOwners
 from client.site_config import SiteConfig
 from client.withdrawals import Withdrawals
 from common.adapter import AdapterShape
@@ -44,6 +45,7 @@ class Gate:
         self._approvals = approvals
         self._speeds = speeds
         self._withdrawals = Withdrawals(config.folder)
+        self._owners = RunOwners(config.folder / "state" / "run-owners")
         self._seen_file = config.folder / "state" / "seen.json"
 
     def consider(self, task: Task, *, signer: str) -> TaskPlan:
@@ -54,6 +56,7 @@ class Gate:
         """
         self._withdrawals.check(signer)
         run = check_task(task, site=self._config)
+        self._owners.check(task.run_uid, signer)
         if task.kind == "train":
             self._check_not_restored(task)
         plan = plan_task(task, run, site=self._config, ledger=self._ledger)
@@ -61,9 +64,13 @@ class Gate:
             self._check_approval(task, plan, signer)
         return plan
 
-    def charge(self, plan: TaskPlan) -> None:
-        """Charge a task durably; one that has its charge keeps it. Raises BudgetError."""
+    def charge(self, plan: TaskPlan, *, signer: str) -> None:
+        """Charge a task durably; one that has its charge keeps it. Its run is the signer's from then on.
+
+        Raises BudgetError, or PolicyError when the run is another coordinator's by now.
+        """
         config, charge = self._config, plan.charge
+        self._owners.bind(charge.run_uid, signer)
         row = self._ledger.reserve(
             charge,
             planned_steps=plan.run.total_steps,

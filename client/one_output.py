@@ -99,7 +99,7 @@ class OneOutput:
         with self._turn.take(task, ends_s=ends_s, caller=caller) as on_step:
             # Again: while it waited, the hospital may have declined, or another task taken the last steps.
             plan = self._gate.consider(task, signer=signer)
-            self._gate.charge(plan)
+            self._gate.charge(plan, signer=signer)
             self._settle_overtaken(task)
             row = self._ledger.find(task.task_id)
             outcome = self._outbox.find(task.task_id)

@@ -5,7 +5,7 @@ agent and in a simulation, where a site is a folder laid out exactly like a hosp
 
     site.toml  keys/signing.pem  (and the data, where site.toml says)
     state/  ledger.sqlite  audit.jsonl  seen.json  speed.json  outbox/  approvals/
-           manifests/  turn.lock  waiting/
+           manifests/  run-owners/  turn.lock  waiting/
 """
 
 from __future__ import annotations

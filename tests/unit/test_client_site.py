@@ -502,8 +502,8 @@ def test_each_of_several_coordinators_is_believed_and_nobody_else(hospital: Hosp
     path.write_text(path.read_text().replace(f'"{first}"', f'["{first}", "{second.public_hex}"]'))
     site = hospital.open()
 
-    for server_round, key in ((1, hospital.coordinator), (2, second)):
-        task = hospital.task(server_round)
+    for run_uid, key in (("run-1", hospital.coordinator), ("run-2", second)):
+        task = hospital.task(run_uid=run_uid)
         answer = site.answer(hospital.seal(task, key))
         reply = open_reply(answer, task=task, site="north", public_hex=site.public_key)
         assert reply.error_code == ""
