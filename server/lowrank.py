@@ -85,9 +85,11 @@ def truncated_svd(
     d_out, d_in = left.shape[0], right.shape[1]
     if rank > min(d_out, d_in):
         raise ShapeError(f"rank {rank} of a {d_out} x {d_in} matrix")
-    if d_out >= d_in:
-        return _tall(left, right, rank, way)
-    svd = _tall(right.T, left.T, rank, way)
+    way = way or choose_way(d_out=d_out, d_in=d_in, columns=left.shape[1])
+    # The taller factor is the one worth a QR; of the whole, fewer rows than columns make less to square.
+    if (d_out >= d_in) != (way == "whole"):
+        return _upright(left, right, rank, way)
+    svd = _upright(right.T, left.T, rank, way)
     return TruncatedSvd(svd.Vt.T, svd.S, svd.U.T, svd.tail_energy, svd.total_energy)
 
 
@@ -98,17 +100,15 @@ def choose_way(*, d_out: int, d_in: int, columns: int) -> Way:
     return "qr" if columns <= _FEW_ROWS else "gram"
 
 
-def _tall(left: Matrix, right: Matrix, rank: int, way: Way | None) -> TruncatedSvd:
-    """The SVD of left @ right, which has no fewer rows than columns."""
-    d_out, d_in, wanted = left.shape[0], right.shape[1], rank + _SPARE
+def _upright(left: Matrix, right: Matrix, rank: int, way: Way) -> TruncatedSvd:
+    """The SVD of left @ right, whose left side is the one that this way should work on."""
     # |L_j| |R_j| for each component: unlike either norm, it means something by itself.
     sizes = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)
-    way = way or choose_way(d_out=d_out, d_in=d_in, columns=len(sizes))
     found = _by_gram(left, right, sizes, rank=rank) if way == "gram" else None
     if found is None:
         # L R = Q (T R), and Q changes neither the singular values nor V.
         upper = left if way == "whole" else np.linalg.qr(left, mode="r")
-        found = _by_core(upper @ right, wanted)
+        found = _by_core(upper @ right, rank + _SPARE)
     basis, total = found
     return _on_factors(left, right, basis, rank=rank, total=total, dust=_EPS * sizes.sum())
 

@@ -342,10 +342,36 @@ def test_the_way_follows_from_the_shape(d_out: int, d_in: int, columns: int, way
     assert choose_way(d_out=d_out, d_in=d_in, columns=columns) == way
 
 
-def test_without_a_word_the_shape_decides_and_cancelling_products_go_by_qr() -> None:
+def test_products_that_cancel_go_by_qr_and_sites_that_agree_by_gram() -> None:
+    """Which way was gone shows in the last bits."""
     random = np.random.default_rng(1)
     plain, cancelling = HARD["plain"](random), HARD["a millionth is left"](random)
-    for (left, right), way in ((plain, "gram"), (cancelling, "qr")):
+    # Five sites with one and the same adapter: R R' is singular, and no digit is in danger.
+    agreeing = np.hstack([plain[0][:, :16]] * 5), np.vstack([plain[1][:16]] * 5)
+    for (left, right), gone, other in (
+        (plain, "gram", "qr"),
+        (agreeing, "gram", "qr"),
+        (cancelling, "qr", "whole"),
+    ):
         chosen = truncated_svd([left], [right], rank=6)
-        by_name = truncated_svd([left], [right], rank=6, way=way)
-        np.testing.assert_array_equal(chosen.U, by_name.U)
+        same = truncated_svd([left], [right], rank=6, way=gone)  # type: ignore[arg-type]
+        different = truncated_svd([left], [right], rank=6, way=other)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(chosen.U, same.U)
+        assert not np.array_equal(chosen.U, different.U)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(70, 200), (200, 70)])
+@pytest.mark.parametrize(("columns", "decomposed"), [(66, 66), (150, 70)])
+def test_what_is_decomposed_is_the_smallest_there_is(
+    d_out: int, d_in: int, columns: int, decomposed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def eigenvectors(symmetric: Matrix, wanted: int) -> Matrix:
+        sizes.append(len(symmetric))
+        return np.eye(len(symmetric))[:, :wanted]
+
+    monkeypatch.setattr("server.lowrank._top_eigenvectors", eigenvectors)
+    lefts, rights = _stacks(0, d_out=d_out, d_in=d_in, ranks=[columns])
+    truncated_svd(lefts, rights, rank=4)
+    assert sizes == [decomposed]
