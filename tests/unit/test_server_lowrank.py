@@ -160,7 +160,7 @@ def test_refuses_stacks_that_do_not_multiply() -> None:
         truncated_svd([np.ones((3, 2))], [np.ones((1, 5))], rank=1)
 
 
-# What follows has more than 64 columns in the stack: fewer take another branch, proven above.
+# What follows has more than 48 columns in the stack: fewer have their SVD taken, proven above.
 TALL, WIDE, COLUMNS = 120, 90, 80
 
 
@@ -330,9 +330,11 @@ def test_the_same_factors_give_the_same_bits(way: Way) -> None:
 @pytest.mark.parametrize(
     ("d_out", "d_in", "columns", "way"),
     [
-        (4096, 4096, 32, "qr"),
+        (4096, 4096, 48, "qr"),
+        (4096, 4096, 64, "gram"),
         (4096, 11008, 160, "gram"),
         (11008, 4096, 1616, "gram"),
+        (768, 3072, 752, "gram"),
         (768, 3072, 768, "whole"),
         (64, 64, 176, "whole"),
         (64, 64, 32, "qr"),
