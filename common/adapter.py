@@ -250,14 +250,22 @@ def from_safetensors(data: Buffer, *, shape: AdapterShape) -> AdapterState:
     limit = max_safetensors_bytes(shape)
     if len(data) > limit:
         raise ProtocolError(f"an adapter of {len(data)} bytes, where at most {limit} are expected")
-    header = shape.safetensors_header()
-    if len(data) == len(header) + shape.size_bytes and data[: len(header)] == header:
+    if is_wire_form(data, shape=shape):
         return state_from_tensors(_views(data, shape), shape=shape)
     try:
         tensors = load(bytes(data))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         raise ProtocolError(f"{len(data)} bytes are not a safetensors file") from None
     return state_from_tensors(tensors, shape=shape)
+
+
+def is_wire_form(data: Buffer, *, shape: AdapterShape) -> bool:
+    """Whether bytes are what `to_safetensors` writes for an adapter of a shape, whatever its values.
+
+    Safetensors files with the same tensors may hold more: metadata, a key twice, spaces.
+    """
+    header = shape.safetensors_header()
+    return len(data) == len(header) + shape.size_bytes and data[: len(header)] == header
 
 
 def max_safetensors_bytes(shape: AdapterShape) -> int:

@@ -18,6 +18,7 @@ from common.adapter import (
     Float32,
     digest_tensors,
     from_safetensors,
+    is_wire_form,
 )
 from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureError
 from common.files import Buffer
@@ -132,9 +133,9 @@ def screen_update(
 
     shape: what the site was asked to train. sent: what it was sent to train it from. max_norm:
     aggregation.max-update-norm, 0 for none. Raises ScreeningError as `screen_reply` does, and with
-    reason "adapter" (not safetensors, wrong tensors, shape or dtype), "digest", "not-finite", "too-large"
-    (finite, but a merge of it might not be), "privacy" (not the protection that was asked for), "frozen" (a
-    factor changed that was not to be trained) or "update-norm" (above `max_norm`).
+    reason "adapter" (not safetensors, wrong tensors, shape or dtype, or anything beside them), "digest",
+    "not-finite", "too-large" (finite, but a merge of it might not be), "privacy" (not the protection that was
+    asked for), "frozen" (a factor changed that was not to be trained) or "update-norm" (above `max_norm`).
     """
     screen_reply(reply)
     site = reply.site
@@ -142,6 +143,8 @@ def screen_update(
         state = from_safetensors(adapter, shape=shape)
     except (ProtocolError, ShapeError) as error:
         raise ScreeningError("adapter", f"{site}: {error}") from None
+    if not is_wire_form(adapter, shape=shape):
+        raise ScreeningError("adapter", f"{site}: the file holds more than its tensors")
     if digest_tensors(state.tensors()) != reply.adapter_digest:
         raise ScreeningError("digest", f"{site}: the adapter is not the one that was signed")
     if not state.is_finite():

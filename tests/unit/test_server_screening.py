@@ -214,6 +214,7 @@ BAD_ADAPTERS: dict[str, Callable[[], bytes]] = {
     "a header beyond the file": lambda: struct.pack("<Q", 2**60) + b"{}",
     "a shape beyond memory": lambda: _safetensors_of("F32", [2**31, 2**31], 8),
     "too many bytes": lambda: STATE.to_safetensors() + bytes(100_000),
+    "metadata": lambda: save(STATE.tensors(), metadata={"note": "of the site's own"}),
     "a large tensor beside": lambda: save(_tensors(extra=np.zeros(100_000, np.float32))),
 }
 
