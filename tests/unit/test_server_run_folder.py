@@ -22,6 +22,8 @@ def _finished_run(path: Path) -> str:
     folder.history.write_text('{"event": "finished"}\n')
     (folder.checkpoints / "round-0001").mkdir(parents=True)
     folder.adapter.mkdir()
+    # Of a killed process.
+    folder.incoming.mkdir()
     (folder.adapter / "adapter_config.json").write_text("{}")
     folder.write_summary({"run": folder.run_uid})
     return folder.run_uid
@@ -49,7 +51,7 @@ def test_an_empty_folder_and_one_with_strangers_files_may_be_used(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "left", ["run.toml", "history.jsonl", "checkpoints", "adapter", "summary.json"]
+    "left", ["run.toml", "history.jsonl", "checkpoints", "incoming", "adapter", "summary.json"]
 )
 def test_a_folder_that_holds_any_part_of_a_run_is_refused(tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("left")
