@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install dev demo test check proto bench-simulation bench-dp bench-rounds bench-dropout chaos-long clean
+.PHONY: help install dev demo test check proto bench-simulation bench-dp bench-rounds bench-aggregation bench-dropout chaos-long clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -54,6 +54,10 @@ bench-dp: $(VENV)/installed-dev ## What a DP step costs beside a plain one, in t
 
 bench-rounds: $(VENV)/installed-dev ## What a round costs beside training, and who spends it
 	$(BIN)/python -m tests.bench.rounds
+
+bench-aggregation: export OMP_NUM_THREADS ?= 2
+bench-aggregation: $(VENV)/installed-dev ## A 7B model's merge: time, memory, and one layer beside PEFT's svd
+	$(BIN)/python -m simulations.bench.aggregation
 
 bench-dropout: $(VENV)/installed-dev ## 20 sites, 30 % of which fail in each round: the loss with and without
 	$(BIN)/python -m tests.chaos.dropout

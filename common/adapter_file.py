@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from common.adapter import AdapterShape, AdapterState, Float32, LoraPair, tensor_names
+from common.adapter import AdapterShape, Float32, LoraPair, tensor_names
 from common.errors import ProtocolError, ShapeError
 from common.files import replacing
 
@@ -74,11 +74,6 @@ class AdapterFile:
             )
         finally:
             os.close(descriptor)
-
-    def load(self) -> AdapterState:
-        """Return the whole adapter in memory. Raises as `pair` does."""
-        pairs = {module: self.pair(module) for module in self.modules}
-        return AdapterState(pairs, self.scaling, self.own_scalings)
 
     def _read(self, descriptor: int, name: str, dimensions: tuple[int, int]) -> Float32:
         array = np.empty(dimensions, "<f4")

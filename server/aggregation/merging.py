@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.adapter import AdapterState, FactorSource, LoraPair
+from server.aggregation.by_module import map_modules
 from server.aggregation.methods import METHODS
 from server.aggregation.robust import update_shares
 from server.aggregation.svd import balanced_split
@@ -66,23 +67,25 @@ def merge_modules(
     rules: MergeRules,
     velocity: FactorSource | None = None,
 ) -> Iterator[MergedModule]:
-    """Yield the modules of the next global adapter, in the order of their names.
+    """Return the modules of the next global adapter, in the order of their names.
 
     shares: from `update_shares`. Raises ShapeError as `merge` does.
     """
     cut = METHODS[rules.method].cut
-    for name in current.modules:
+
+    def merge_module(name: str) -> MergedModule:
         mean = target_of(name, current, updates, shares)
         if rules.momentum == 0.0:
             done = cut(mean)
-            yield MergedModule(name, done.pair, _report(done, mean, done.total_energy))
-            continue
+            return MergedModule(name, done.pair, _report(done, mean, done.total_energy))
         target, speed = _with_momentum(
             mean, momentum=rules.momentum, before=None if velocity is None else velocity.pair(name)
         )
         done = cut(target)
         mean_energy = squared_norm(mean.lefts, mean.rights)
-        yield MergedModule(name, done.pair, _report(done, mean, mean_energy), speed)
+        return MergedModule(name, done.pair, _report(done, mean, mean_energy), speed)
+
+    return map_modules(merge_module, current.modules)
 
 
 def merge_report(modules: Sequence[MergedModule], *, method: str) -> MergeReport:

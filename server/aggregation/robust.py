@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.adapter import FactorSource
+from server.aggregation.by_module import map_modules
 from server.aggregation.types import MergeRules, SiteUpdate, normalised_weights
 from server.products import stacked
 
@@ -83,8 +84,8 @@ def _distances(gram: Matrix, shares: Matrix) -> Matrix:
 def update_gram(current: FactorSource, updates: Sequence[SiteUpdate]) -> Matrix:
     """Return <D_i, D_j>, (K, K), over all modules together."""
     gram = np.zeros((len(updates), len(updates)))
-    for name in current.modules:
-        gram += _module_gram(name, current, updates)
+    for part in map_modules(lambda name: _module_gram(name, current, updates), current.modules):
+        gram += part
     return gram
 
 

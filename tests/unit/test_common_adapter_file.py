@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from common.adapter import AdapterShape, AdapterState, FactorSource, LoraPair, from_safetensors
 from common.adapter_file import AdapterFile, open_adapter_file, write_adapter_file
 from common.errors import ProtocolError, ShapeError
-from tests.unit.adapters import adapter_shape, random_adapter
+from tests.unit.adapters import adapter_shape, in_memory, random_adapter
 
 SHAPE = adapter_shape(3)
 STATE = random_adapter(0, rank=3)
@@ -61,7 +61,7 @@ def test_the_file_is_the_wire_form_whatever_the_order_and_reads_back_to_the_bit(
             assert found.A.tobytes() == wanted.A.tobytes()
             assert found.B.tobytes() == wanted.B.tobytes()
             assert source.scaling_of(module) == state.scaling_of(module)
-    loaded = file.load()
+    loaded = in_memory(file)
     assert (loaded.digest(), loaded.scaling) == (state.digest(), state.scaling)
     assert loaded.own_scalings == state.own_scalings
 
@@ -92,7 +92,7 @@ def test_reads_and_writes_that_come_in_pieces_are_put_together(
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:7], at))
     file = write_adapter_file(tmp_path / "one", STATE.pairs.items(), shape=SHAPE)
     assert file.path.read_bytes() == STATE.to_safetensors()
-    assert file.load().digest() == STATE.digest()
+    assert in_memory(file).digest() == STATE.digest()
 
 
 def _changed(**changes: LoraPair) -> list[tuple[str, LoraPair]]:
@@ -177,7 +177,7 @@ def test_a_file_that_is_cut_is_noticed_when_opened_and_when_read(tmp_path: Path)
     with pytest.raises(ProtocolError, match=r"not an adapter of rank 3 on 2 modules"):
         open_adapter_file(path, shape=SHAPE)
     with pytest.raises(ProtocolError, match=r"ends within .*v_proj\.lora_B\.weight; it was cut"):
-        file.load()
+        in_memory(file)
     assert file.pair("model.q_proj").A.tobytes() == _Q.A.tobytes()
 
 
