@@ -147,6 +147,12 @@ def compare(
         str,
         typer.Option(help=f"Compare ways to merge instead: all, or some of {', '.join(METHODS)}."),
     ] = "",
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            help='TOML of what else differs by method: ["ffa with DP".train] learning-rate.'
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Keep the runs that are done, and go on.")] = False,
     force: Force = False,
 ) -> None:
@@ -162,6 +168,7 @@ def compare(
             dp_changes=flatten(read_toml(dp)) if dp else None,
             pooled=pooled,
             methods=_methods(methods),
+            tuned={k: flatten(v) for k, v in read_toml(tuned).items()} if tuned else {},
             force=force,
             resume=resume,
         )

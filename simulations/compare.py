@@ -13,7 +13,7 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Comparison:
 
     pooled: whether to train on all records in one place, which no hospital would allow.
     methods: aggregation methods to compare in place of all that; with DP too where RUN.toml or dp_changes
-    ask for it. resume: keep the arms that are done, and go on with the others.
+    ask for it. tuned: arm's name -> what else differs from RUN.toml in it: methods that train one factor
+    want another learning rate than those that train two. resume: keep the arms that are done, and go on.
     """
 
     config: RunConfig
@@ -76,6 +77,7 @@ class Comparison:
     dp_changes: Mapping[str, Scalar] | None = None
     pooled: bool = True
     methods: tuple[str, ...] = ()
+    tuned: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
     force: bool = False
     resume: bool = False
 
@@ -99,7 +101,14 @@ def run_comparison(
     for changes in ({}, _dp_changes(comparison)):
         config = comparison.config.replace(changes)
         check_simulation(Simulation(config, comparison.sources, out, base_dir=comparison.base_dir))
-    for arm in _method_arms(comparison):
+    arms_of_methods = list(_method_arms(comparison))
+    unknown = comparison.tuned.keys() - {arm.name for arm in arms_of_methods}
+    if unknown:
+        raise ConfigError(
+            f"nothing that is compared is called {', '.join(sorted(unknown))}; there is "
+            f"{', '.join(arm.name for arm in arms_of_methods) or 'no method'}"
+        )
+    for arm in arms_of_methods:
         # Not every method goes with every setting.
         comparison.config.replace(arm.changes)
     out.mkdir(parents=True, exist_ok=True)
@@ -198,13 +207,15 @@ def _method_arms(comparison: Comparison) -> Iterator[Arm]:
             "privacy.unit": "none",
             "evaluation.every": config.train.rounds,
             "aggregation.method": method,
+            **comparison.tuned.get(method, {}),
         }
         yield Arm(METHOD, method, everyone, changes)
     if not (config.use_dp or comparison.dp_changes):
         return
     for method in comparison.methods:
+        name = f"{method} with DP"
         dp = {**all_sites, **_dp_changes(comparison), "aggregation.method": method}
-        yield Arm(METHOD_DP, f"{method} with DP", everyone, dp)
+        yield Arm(METHOD_DP, name, everyone, {**dp, **comparison.tuned.get(name, {})})
 
 
 def _dp_changes(comparison: Comparison) -> dict[str, Scalar]:

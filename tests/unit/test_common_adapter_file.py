@@ -61,9 +61,8 @@ def test_the_file_is_the_wire_form_whatever_the_order_and_reads_back_to_the_bit(
             assert found.A.tobytes() == wanted.A.tobytes()
             assert found.B.tobytes() == wanted.B.tobytes()
             assert source.scaling_of(module) == state.scaling_of(module)
-    loaded = in_memory(file)
-    assert (loaded.digest(), loaded.scaling) == (state.digest(), state.scaling)
-    assert loaded.own_scalings == state.own_scalings
+    assert in_memory(file).digest() == state.digest()
+    assert (file.scaling, file.own_scalings) == (state.scaling, state.own_scalings)
 
 
 def test_only_the_module_that_is_asked_for_is_read(

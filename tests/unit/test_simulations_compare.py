@@ -290,3 +290,25 @@ def test_methods_are_compared_seed_by_seed() -> None:
     assert "2.300 ± 0.566" in lines[0]
     assert "-0.200 ± 0.141" in lines[0]
     assert "…" not in out.getvalue()
+
+
+def test_each_method_may_have_settings_of_its_own(scenario: Path, tmp_path: Path) -> None:
+    tuned = {"ffa": {"train.learning-rate": 0.1}, "svd with DP": {"train.learning-rate": 0.2}}
+    comparison = _comparison(
+        scenario,
+        tmp_path / "out",
+        methods=("svd", "ffa"),
+        dp_changes={"train.rounds": 2},
+        tuned=tuned,
+    )
+    rates = {
+        arm.name: comparison.config.replace(arm.changes).train.learning_rate
+        for arm in plan_arms(comparison)
+    }
+    plain = comparison.config.train.learning_rate
+    assert rates == {"svd": plain, "ffa": 0.1, "svd with DP": 0.2, "ffa with DP": plain}
+    misspelt = replace(comparison, tuned={"fffa": {}})
+    with pytest.raises(
+        ConfigError, match="nothing that is compared is called fffa; there is svd, ffa"
+    ):
+        run_comparison(misspelt, watch=lambda arm, seed: _ignore)
