@@ -371,6 +371,13 @@ def _contradictions(config: RunConfig) -> Iterable[str]:
             f"whole updates: aggregation.method = {config.aggregation.method!r} has none; use 0, or one of "
             f"{', '.join(with_momentum)}"
         )
+    by_product = ("svd", "stack", "ffa", "fedsvd")
+    if config.aggregation.robust != "none" and config.aggregation.method not in by_product:
+        yield (
+            f"aggregation.robust = {config.aggregation.robust!r} compares products, and aggregation.method = "
+            f"{config.aggregation.method!r} averages factors, which a site can change at will while their "
+            f"product stays; use one of {', '.join(by_product)}"
+        )
     if config.aggregation.clip_norm and config.aggregation.robust != "norm-clip":
         yield (
             f"aggregation.clip-norm = {config.aggregation.clip_norm} does nothing with aggregation.robust = "

@@ -24,7 +24,7 @@ from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureEr
 from common.files import Buffer
 from common.records import Envelope, PrivacyRow, Reply, Task, envelope_of, open_reply
 from server.roster import Roster
-from server.update_norm import update_norm
+from server.update_norm import parts_norm, product_norm, update_norm
 
 # A site that says one of these would say it again: it is not asked twice for the same.
 FINAL_REFUSALS = frozenset(
@@ -56,6 +56,8 @@ _MEANINGS = {
     "disk": " (its disk is full; it goes on when it is asked after space was made)",
 }
 
+# So many times the product may the factors' parts be, before what they leave of it is float32's rounding.
+_MAX_CANCELLATION = 1e4
 # Far above any adapter that was trained, far enough below float32's 3e38 that sums stay finite.
 _MAX_PRODUCT_NORM = 1e30
 
@@ -135,7 +137,8 @@ def screen_update(
     aggregation.max-update-norm, 0 for none. Raises ScreeningError as `screen_reply` does, and with
     reason "adapter" (not safetensors, wrong tensors, shape or dtype, or anything beside them), "digest",
     "not-finite", "too-large" (finite, but a merge of it might not be), "privacy" (not the protection that was
-    asked for), "frozen" (a factor changed that was not to be trained) or "update-norm" (above `max_norm`).
+    asked for), "frozen" (a factor changed that was not to be trained), "update-norm" (above `max_norm`) or
+    "cancels" (huge factors of a small product).
     """
     screen_reply(reply)
     site = reply.site
@@ -159,6 +162,13 @@ def screen_update(
             "update-norm",
             f"{site}: the update has norm {norm:.6g}, and aggregation.max-update-norm is {max_norm:g}; ask "
             "the site what it trained on, or raise the limit",
+        )
+    parts = parts_norm(state)
+    if parts > _MAX_CANCELLATION * max(product_norm(state), product_norm(sent)):
+        raise ScreeningError(
+            "cancels",
+            f"{site}: the factors' parts, of norm {parts:.3g}, cancel but for rounding; as a product they are "
+            "next to nothing, and beside others they would drown them",
         )
     return AcceptedUpdate(site, state, reply.numbers, privacy, norm)
 

@@ -43,6 +43,31 @@ def update_norm(returned: FactorSource, *, sent: FactorSource) -> float:
     return math.sqrt(math.fsum(squares))
 
 
+def parts_norm(adapter: FactorSource) -> float:
+    """Return sum_i s |b_i| |a_i| of each module, as one Frobenius norm over all modules together.
+
+    b_i, a_i: columns of B and rows of A. It is what |s B A| would be if all its rank-one parts were parallel;
+    for random factors of rank r it is sqrt(r) times |s B A|.
+    """
+    squares = []
+    for module in adapter.modules:
+        pair = adapter.pair(module)
+        columns = np.linalg.norm(pair.B.astype(np.float64), axis=0)
+        rows = np.linalg.norm(pair.A.astype(np.float64), axis=1)
+        squares.append((adapter.scaling_of(module) * float(columns @ rows)) ** 2)
+    return math.sqrt(math.fsum(squares))
+
+
+def product_norm(adapter: FactorSource) -> float:
+    """Return |s B A|, the Frobenius norm over all modules together."""
+    squares = []
+    for module in adapter.modules:
+        pair = adapter.pair(module)
+        b = adapter.scaling_of(module) * pair.B.astype(np.float64)
+        squares.append(_product_norm_squared(b, pair.A.astype(np.float64)))
+    return math.sqrt(math.fsum(squares))
+
+
 def _difference(
     returned: LoraPair, sent: LoraPair, *, scaling: float, sent_scaling: float
 ) -> tuple[_Float64, _Float64]:

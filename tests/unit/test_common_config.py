@@ -305,6 +305,9 @@ def test_a_malformed_alpha_pattern_is_refused(text: str) -> None:
     ("changes", "key"),
     [
         ({"aggregation.method": "weighted", "aggregation.server-momentum": 0.9}, "server-momentum"),
+        ({"aggregation.method": "stack", "aggregation.server-momentum": 0.9}, "server-momentum"),
+        ({"aggregation.method": "weighted", "aggregation.robust": "norm-clip"}, "robust"),
+        ({"aggregation.method": "fedex", "aggregation.robust": "geometric-median"}, "robust"),
         ({"aggregation.clip-norm": 1.0}, "clip-norm"),
     ],
 )

@@ -321,6 +321,24 @@ def test_a_finite_adapter_whose_merge_would_overflow_is_refused() -> None:
     assert _reason(_sealed(reply, adapter=state.to_safetensors())) == "too-large"
 
 
+@pytest.mark.parametrize(("size", "reason"), [(1e7, "cancels"), (1.0, "")])
+def test_huge_factors_of_a_small_product_are_refused(size: float, reason: str) -> None:
+    """A row of A twice, and B with +x and -x: nothing as a product, and rubble in anybody's arithmetic."""
+    pairs = {}
+    for name, pair in STATE.pairs.items():
+        a, b = pair.A.copy(), pair.B.copy()
+        a[1] = a[0]
+        b[:, 1] = 0.5 * b[:, 0] - np.float32(size)
+        b[:, 0] += np.float32(size)
+        pairs[name] = LoraPair(a, b)
+    state = AdapterState(pairs, STATE.scaling)
+    sealed = _sealed(_honest(adapter_digest=state.digest()), adapter=state.to_safetensors())
+    if reason:
+        assert _reason(sealed) == reason
+    else:
+        assert _screen(sealed).site == "oslo"
+
+
 @pytest.mark.parametrize(
     "privacy",
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.adapter import AdapterState, LoraPair
 from common.errors import ShapeError
-from server.update_norm import update_norm
+from server.update_norm import parts_norm, product_norm, update_norm
 from tests.unit.adapters import random_adapter
 
 
@@ -150,3 +150,13 @@ def test_what_is_no_update_of_what_was_sent_is_refused() -> None:
         update_norm(one, sent=random_adapter(0, rank=2))
     with pytest.raises(ShapeError, match="rank 3 on 2 modules is no update of one of rank 2"):
         update_norm(random_adapter(0, rank=3), sent=random_adapter(0, rank=2))
+
+
+def test_parts_are_summed_as_if_nothing_cancelled() -> None:
+    # Rows (3, 4) and (3, 4), columns (1, 0) and (-1, 0): 2 * (1 * 5 + 1 * 5) = 20, and the product is 0.
+    pair = LoraPair(np.array([[3, 4], [3, 4]], np.float32), np.array([[1, -1], [0, 0]], np.float32))
+    state = AdapterState({"layer": pair}, 2.0)
+    assert parts_norm(state) == pytest.approx(20.0)
+    assert product_norm(state) == pytest.approx(0.0, abs=1e-9)
+    alone = AdapterState({"layer": LoraPair(pair.A[:1], pair.B[:, :1])}, 2.0)
+    assert parts_norm(alone) == product_norm(alone) == pytest.approx(10.0)
