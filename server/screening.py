@@ -167,8 +167,8 @@ def screen_update(
     if parts > _MAX_CANCELLATION * max(product_norm(state), product_norm(sent)):
         raise ScreeningError(
             "cancels",
-            f"{site}: the factors' parts, of norm {parts:.3g}, cancel but for rounding; as a product they are "
-            "next to nothing, and beside others they would drown them",
+            f"{site}: the factors' parts, of norm {parts:.3g}, cancel but for rounding; as a product they "
+            "are next to nothing, and beside others they would drown them",
         )
     return AcceptedUpdate(site, state, reply.numbers, privacy, norm)
 
