@@ -69,7 +69,7 @@ def train(
 ) -> TrainResult:
     """Train the adapter on `model` for one round, in place.
 
-    model: a lent model (common.model.attached). examples: this site's tokenised records.
+    model: a lent model (common.lora.attached). examples: this site's tokenised records.
     server_round: 1 up; it places the round in the schedule. stream: names the site, so that sites
     order their records differently without DP. dp: None trains without protection.
     patients: the places of each patient's records in `examples`; given when patients are the unit.

@@ -23,15 +23,8 @@ from common.config import RunConfig
 from common.errors import ShapeError, SignatureError, TrainingError
 from common.files import Buffer
 from common.frozen_part import split_adapter, untrained_tensors
-from common.model import (
-    attached,
-    choose_device,
-    load_base,
-    read_adapter,
-    release_base,
-    shape_of,
-    write_adapter,
-)
+from common.lora import attached, read_adapter, shape_of, write_adapter
+from common.model import choose_device, load_base, release_base
 from common.planned_model import PlannedModel
 from common.records import Task
 

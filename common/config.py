@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from common.contradictions import contradictions
 from common.errors import ConfigError
 from common.toml_section import TomlSection, kebab
 
@@ -310,7 +311,7 @@ class RunConfig(_Section):
                 problem = item["msg"].removeprefix("Value error, ")
                 problems.append(f"  {key} = {item['input']!r}: {problem}")
         if config is not None:
-            problems += [f"  {problem}" for problem in _contradictions(config)]
+            problems += [f"  {problem}" for problem in contradictions(config)]
         if problems or config is None:
             count = "1 bad setting" if len(problems) == 1 else f"{len(problems)} bad settings"
             raise ConfigError(f"{count}:\n" + "\n".join(dict.fromkeys(problems)))
@@ -346,64 +347,6 @@ class RunConfig(_Section):
     def use_dp(self) -> bool:
         """Whether local training is differentially private."""
         return self.privacy.unit != "none"
-
-
-def _contradictions(config: RunConfig) -> Iterable[str]:
-    if config.lora.use_dora and not config.use_dp:
-        yield (
-            "lora.use-dora = true: only the factors A and B travel, and DoRA's magnitude vector would be "
-            "lost with every round; turn it off"
-        )
-    if config.lora.use_dora and config.use_dp:
-        yield (
-            "lora.use-dora = true with privacy.unit = "
-            f"{config.privacy.unit!r}: DoRA's magnitude vector has no per-record gradient; turn one off"
-        )
-    if config.federation.quorum > config.federation.min_sites:
-        yield (
-            f"federation.quorum = {config.federation.quorum} is above federation.min-sites = "
-            f"{config.federation.min_sites}: a round may start that can never reach it"
-        )
-    with_momentum = ("svd", "ffa", "fedsvd")
-    if config.aggregation.server_momentum and config.aggregation.method not in with_momentum:
-        yield (
-            f"aggregation.server-momentum = {config.aggregation.server_momentum} is kept at lora.rank, of "
-            f"whole updates: aggregation.method = {config.aggregation.method!r} has none; use 0, or one of "
-            f"{', '.join(with_momentum)}"
-        )
-    by_product = ("svd", "stack", "ffa", "fedsvd")
-    if config.aggregation.robust != "none" and config.aggregation.method not in by_product:
-        yield (
-            f"aggregation.robust = {config.aggregation.robust!r} compares products, and aggregation.method = "
-            f"{config.aggregation.method!r} averages factors, which a site can change at will while their "
-            f"product stays; use one of {', '.join(by_product)}"
-        )
-    if config.aggregation.clip_norm and config.aggregation.robust != "norm-clip":
-        yield (
-            f"aggregation.clip-norm = {config.aggregation.clip_norm} does nothing with aggregation.robust = "
-            f"{config.aggregation.robust!r}; set that to 'norm-clip', or this to 0"
-        )
-    chosen_by_loss = config.evaluation.patience or config.export.round == "best"
-    if chosen_by_loss and not config.evaluation.central_data:
-        yield (
-            f"evaluation.patience = {config.evaluation.patience} and export.round = "
-            f"{config.export.round!r} go by the central loss, and evaluation.central-data is empty; name "
-            "the coordinator's test records, or use 0 and 'last'"
-        )
-    if (
-        config.privacy.unit == "patient"
-        and config.privacy.max_records_per_patient > config.train.micro_batch_size
-    ):
-        yield (
-            f"privacy.max-records-per-patient = {config.privacy.max_records_per_patient} is above "
-            f"train.micro-batch-size = {config.train.micro_batch_size}: a patient's records are never "
-            "split, so raise the one or lower the other"
-        )
-    if config.use_dp and config.privacy.target_delta >= 0.01:
-        yield (
-            f"privacy.target-delta = {config.privacy.target_delta}: a chance of 1 % or more that the "
-            "guarantee fails protects nobody; use at most 1 / records, 1e-5 say"
-        )
 
 
 def _suggestion(key: str) -> str:

@@ -16,7 +16,8 @@ import torch
 from common.adapter import AdapterShape
 from common.config import LoraSection
 from common.errors import ModelError
-from common.model import BaseModel, adapter_shape
+from common.lora import adapter_shape
+from common.model import BaseModel
 
 
 @dataclass(frozen=True, slots=True)

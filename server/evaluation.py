@@ -11,8 +11,9 @@ from common.adapter import AdapterState
 from common.config import LoraSection, RunConfig
 from common.dataset import Columns, load_records
 from common.errors import DataError
+from common.lora import carrying
 from common.metrics import LanguageMetrics, summarize, token_sums
-from common.model import BaseModel, carrying
+from common.model import BaseModel
 from common.prompts import Examples, collate, resolve_template, tokenize_all
 
 

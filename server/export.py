@@ -10,7 +10,7 @@ from pathlib import Path
 from common.adapter import AdapterState
 from common.config import LoraSection
 from common.files import fsync_folder, write_atomically
-from common.model import unscaled_config
+from common.lora import unscaled_config
 
 
 def export_adapter(state: AdapterState, folder: Path, *, lora: LoraSection, base_name: str) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from common.adapter import AdapterState
 from common.config import RunConfig
-from common.model import BaseModel, initial_adapter
+from common.lora import initial_adapter
+from common.model import BaseModel
 from server.aggregation import METHODS, Merged, MergeRules, SiteUpdate, merge
 from server.aggregation.frozen import orthonormal_start
 from server.open_round import RoundReplies

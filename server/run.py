@@ -18,13 +18,9 @@ from common.canonical import canonical_json
 from common.config import RunConfig
 from common.errors import CheckpointError, ConsiliumError, DiskError
 from common.files import is_disk_full
+from common.lora import adapter_shape
 from common.metrics import LanguageMetrics
-from common.model import (
-    BaseModel,
-    adapter_shape,
-    choose_device,
-    load_base,
-)
+from common.model import BaseModel, choose_device, load_base
 from common.model_folder import resolve_model
 from common.prompts import Examples, resolve_template
 from common.signing import SigningKey

@@ -29,7 +29,8 @@ from rich.table import Table
 from torch.profiler import profile
 
 from common.config import LoraSection, ModelSection
-from common.model import BaseModel, attached, load_base
+from common.lora import attached
+from common.model import BaseModel, load_base
 from common.prompts import IGNORE, Batch
 from simulations.bench.dp_arms import ARMS, OURS, Step, Work, checkpointing, plain
 from simulations.bench.shapes import SHAPES, random_llama

@@ -18,7 +18,8 @@ from pathlib import Path
 from client.trainer import train
 from common.config import RunConfig
 from common.dataset import Columns, load_records
-from common.model import BaseModel, attached, choose_device, initial_adapter, load_base
+from common.lora import attached, initial_adapter
+from common.model import BaseModel, choose_device, load_base
 from common.prompts import resolve_template, tokenize_all
 from server.history import Event
 from simulations.bench.simulation import (

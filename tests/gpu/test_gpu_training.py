@@ -9,15 +9,8 @@ import torch
 
 from client.trainer import DpSettings, train
 from common.config import LoraSection, ModelSection, TrainSection
-from common.model import (
-    attached,
-    choose_device,
-    initial_adapter,
-    load_base,
-    read_adapter,
-    release_base,
-    write_adapter,
-)
+from common.lora import attached, initial_adapter, read_adapter, write_adapter
+from common.model import choose_device, load_base, release_base
 from common.prompts import Examples
 from tests.unit.tiny import make_examples
 

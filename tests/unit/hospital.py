@@ -14,7 +14,8 @@ import tomli_w
 from client.site import Site
 from common.adapter import AdapterState
 from common.config import RunConfig, Scalar
-from common.model import choose_device, initial_adapter, load_base
+from common.lora import initial_adapter
+from common.model import choose_device, load_base
 from common.model_folder import digest_model
 from common.records import Envelope, Task, seal_task
 from common.signing import SigningKey

@@ -27,7 +27,8 @@ from client.provisioning import make_node_key
 from client.site_config import SiteConfig
 from common.config import LoraSection, ModelSection
 from common.errors import ModelError
-from common.model import adapter_shape, load_base
+from common.lora import adapter_shape
+from common.model import load_base
 from common.signing import SigningKey
 from tests.unit.ready_site import edited, make_ready_site
 

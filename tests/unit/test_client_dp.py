@@ -25,8 +25,9 @@ from client.trainer import DpSettings, train
 from common.adapter import AdapterState, LoraPair
 from common.config import LoraSection, TrainedFactors, TrainSection
 from common.errors import PrivacyError
+from common.lora import attached, initial_adapter, read_adapter, write_adapter
 from common.metrics import record_losses
-from common.model import BaseModel, attached, initial_adapter, read_adapter, write_adapter
+from common.model import BaseModel
 from common.prompts import Example, Examples, collate
 from tests.unit.tiny import make_examples, tiny_base
 

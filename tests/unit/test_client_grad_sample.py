@@ -13,15 +13,9 @@ from torch import nn
 from client.grad_sample import record_gradients
 from common.config import LoraSection, ModelSection, TrainedFactors
 from common.errors import PrivacyError, TrainingError
+from common.lora import attached, initial_adapter, write_adapter
 from common.metrics import record_losses
-from common.model import (
-    BaseModel,
-    attached,
-    initial_adapter,
-    load_base,
-    release_base,
-    write_adapter,
-)
+from common.model import BaseModel, load_base, release_base
 from common.prompts import Example, collate
 from tests.unit.test_client_dp import frozen_beside, lively_adapter
 from tests.unit.tiny import CONFIGS, make_examples, tiny_base

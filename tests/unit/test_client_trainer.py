@@ -19,15 +19,8 @@ from client.trainer import DpSettings, TrainResult, train
 from common.adapter import AdapterState
 from common.config import LoraSection, ModelSection, TrainSection
 from common.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrainingError
-from common.model import (
-    BaseModel,
-    attached,
-    initial_adapter,
-    load_base,
-    read_adapter,
-    release_base,
-    write_adapter,
-)
+from common.lora import attached, initial_adapter, read_adapter, write_adapter
+from common.model import BaseModel, load_base, release_base
 from common.prompts import Examples
 from tests.unit.tiny import CONFIGS, make_examples, tiny_base
 

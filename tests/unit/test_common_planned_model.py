@@ -10,7 +10,8 @@ import torch
 
 from common.config import LoraSection, RunConfig
 from common.errors import ModelError
-from common.model import adapter_shape, attached, load_base, read_adapter
+from common.lora import adapter_shape, attached, read_adapter
+from common.model import load_base
 from common.model_folder import digest_model
 from common.planned_model import planned_model
 from simulations.embedded import embedded_model_dir

@@ -13,7 +13,8 @@ import torch
 from common.adapter import AdapterState, LoraPair
 from common.config import RunConfig
 from common.errors import DataError
-from common.model import BaseModel, initial_adapter, load_base
+from common.lora import initial_adapter
+from common.model import BaseModel, load_base
 from common.prompts import Examples
 from server.evaluation import central_files, evaluate, load_central_examples
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from common.adapter import AdapterState, LoraPair, lora_scaling
 from common.config import LoraSection, ModelSection
-from common.model import BaseModel, attached, carrying, initial_adapter, load_base, write_adapter
+from common.lora import attached, carrying, initial_adapter, write_adapter
+from common.model import BaseModel, load_base
 from common.prompts import Example, Examples
 from server.evaluation import evaluate_model
 from server.export import export_adapter
