@@ -211,8 +211,9 @@ class AggregationSection(_Section):
     """How updates become one adapter (server/aggregation)."""
 
     # svd: best rank-r approximation of the mean update, any mix of ranks. weighted: mean of the factors.
-    # stack: exact, the adapter grows by every site's rank. ffa, fedsvd: only B is trained, exact, and half
-    # the DP noise. rolora: B and A by turns. fedex: mean of the factors, and what it misses sent beside it.
+    # stack: exact, the adapter grows by the sites' ranks. ffa, fedsvd: only B is trained, exact, and noise on
+    # half the weights. rolora: B and A by turns. fedex: mean of the factors, and what it misses sent beside
+    # it, which grows too: each site's policy.max-rank must hold both.
     method: Literal["svd", "weighted", "stack", "ffa", "fedsvd", "rolora", "fedex"] = "svd"
     # declared-size weighs by the public size of each site's data; equal counts each site once.
     weighting: Literal["declared-size", "equal"] = "declared-size"
