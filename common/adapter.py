@@ -139,14 +139,10 @@ class AdapterState:
         }
         return AdapterState(pairs, 1.0)
 
-    def product_norm_bound(self) -> float:
-        """Return an upper bound of every module's Frobenius norm of scaling * B @ A."""
-        return max(
-            self.scaling_of(name)
-            * float(np.linalg.norm(pair.A.astype(np.float64)))
-            * float(np.linalg.norm(pair.B.astype(np.float64)))
-            for name, pair in self.pairs.items()
-        )
+    def factor_norm(self) -> float:
+        """Return the largest Frobenius norm of a factor."""
+        arrays = self.tensors().values()
+        return max(float(np.linalg.norm(array.astype(np.float64))) for array in arrays)
 
     def is_finite(self) -> bool:
         """Whether no factor holds NaN or infinity."""

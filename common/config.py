@@ -222,7 +222,8 @@ class AggregationSection(_Section):
     robust: Literal["none", "norm-clip", "geometric-median"] = "none"
     # Frobenius norm of a whole update, all modules together; 0 takes the median of the round's updates.
     clip_norm: float = Field(0.0, ge=0)
-    # A site whose update is larger (same norm) is refused; 0 refuses only what no float32 can hold.
+    # A site whose update is larger (same norm; where a method averages factors, how far they moved counts
+    # too) is refused. 0 refuses only what no training makes.
     max_update_norm: float = Field(0.0, ge=0)
     # Carries so much of each round's update into the next: faster on steady progress, unsteady on noise.
     server_momentum: float = Field(0.0, ge=0, lt=1)

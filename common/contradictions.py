@@ -40,8 +40,8 @@ def contradictions(config: RunConfig) -> Iterable[str]:
     if config.aggregation.robust != "none" and config.aggregation.method not in _BY_PRODUCT:
         yield (
             f"aggregation.robust = {config.aggregation.robust!r} compares products, and aggregation.method = "
-            f"{config.aggregation.method!r} averages factors, which a site can change at will while their "
-            f"product stays; use one of {', '.join(_BY_PRODUCT)}"
+            f"{config.aggregation.method!r} averages factors, and what moves in a factor need not show in "
+            f"the product; use one of {', '.join(_BY_PRODUCT)}"
         )
     if config.aggregation.clip_norm and config.aggregation.robust != "norm-clip":
         yield (

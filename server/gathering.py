@@ -45,12 +45,16 @@ _ASK_AGAIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A site that is there now: its node, public size and the rank that it can hold."""
+    """A site that is there now: its node, public size and the rank that it trains.
+
+    max_rank: that it can hold in all, ranks that are sent along frozen among them.
+    """
 
     site: str
     node_id: int
     declared_size: int
     rank: int
+    max_rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +260,8 @@ class Gathering:
         rank = int(reply.numbers.get("max-rank", 0))
         if rank < 1:
             raise ScreeningError("max-rank", f"{site} says it can hold rank {rank}")
-        return Member(site, node, declared_size, min(rank, self._run.config.lora.rank))
+        own = min(rank, self._run.config.lora.rank)
+        return Member(site, node, declared_size, rank=own, max_rank=rank)
 
     def _turn_down(self, site: str, error: ScreeningError) -> None:
         """Say once why a site is no member."""

@@ -45,5 +45,6 @@ def merge_replies(
         robust=section.robust,
         clip_norm=section.clip_norm,
         momentum=section.server_momentum,
+        rank=config.lora.rank,
     )
     return merge(current, updates, rules=rules, velocity=velocity)

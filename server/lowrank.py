@@ -82,9 +82,10 @@ def truncated_svd(
     lefts: each (d_out, r_i); rights: each (r_i, d_in). Computed in float64; the same bits each
     time for the same number of threads.
     way: the one to go; None chooses by shape, and by what the squares would lose.
-    |M - U S Vt| is at most 1e-5 |M| above the best one (Frobenius), in practice 1e-9. A singular value
-    that rounding alone could have made is 0. Raises ShapeError when factors do not fit or
-    rank > min(d_out, d_in).
+    |M - U S Vt| is at most 1e-5 |M| above the best one (Frobenius), in practice 1e-9, while
+    eps sum_j |L_j| |R_j| is far below |M|. Where the components cancel beyond that, nothing of M is known and
+    a singular value that rounding alone could have made is 0.
+    Raises ShapeError when factors do not fit or rank > min(d_out, d_in).
     """
     left = np.concatenate(lefts, axis=1, dtype=np.float64)
     right = np.concatenate(rights, axis=0, dtype=np.float64)

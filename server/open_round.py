@@ -79,8 +79,8 @@ class OpenRound:
         self._method = METHODS[run.config.aggregation.method]
         self._started = time.monotonic()
         self._bytes_down = self._bytes_up = 0
-        # By rank: what is sent to those who hold it.
-        self._cuts: dict[int, tuple[AdapterState, bytes, str]] = {}
+        # By the rank that is trained and the rank that is sent: what those who hold it are sent.
+        self._cuts: dict[tuple[int, int], tuple[AdapterState, bytes, str]] = {}
         self._members: dict[str, Member] = {}
         self._times_asked: Counter[str] = Counter()
         # Whose answer this attempt still waits for.
@@ -133,7 +133,7 @@ class OpenRound:
         tasks = {}
         for member in members:
             self._times_asked[member.site] += 1
-            _, data, digest = self._cut(member.rank)
+            _, data, digest = self._cut(member)
             expires_s = max(0.0, self._attempt_ends_s - time.monotonic()) + time.time()
             task = Task(
                 kind="train",
@@ -159,7 +159,7 @@ class OpenRound:
 
     def _asked_of(self, member: Member) -> dict[str, Scalar]:
         """What this round sets in a site's task (common.config.SET_BY_ROUND)."""
-        frozen_rank = self._cut(member.rank)[0].rank - member.rank
+        frozen_rank = self._cut(member)[0].rank - member.rank
         return {
             "lora.rank": member.rank,
             "round.trained-factors": self._method.trained(self._round),
@@ -211,15 +211,16 @@ class OpenRound:
         roster = self._run.roster.current()
         reply = verified_reply(envelope, task=task, site=task.site, roster=roster)
         self._run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
-        rank = self._members[task.site].rank
-        shape = self._shape.at_rank(rank, lora=self._run.config.lora)
+        member = self._members[task.site]
+        shape = self._shape.at_rank(member.rank, lora=self._run.config.lora)
         update = screen_update(
             reply,
             envelope.adapter,
             task=task,
             shape=shape,
-            sent=self._cut(rank)[0],
+            sent=self._cut(member)[0],
             max_norm=self._run.config.aggregation.max_update_norm,
+            by_factors=self._method.averages_factors,
         )
         return keep_update(update, folder=self._run.incoming, task_sha256=task.sha256, shape=shape)
 
@@ -252,18 +253,17 @@ class OpenRound:
         attempt = attempt or self._times_asked[site]
         self._run.audit.note("refused", run=self._run.uid, attempt=attempt, **place)
 
-    def _cut(self, rank: int) -> tuple[AdapterState, bytes, str]:
-        """What a site that trains a rank is sent: as a state, as bytes, and its digest."""
-        if rank not in self._cuts:
-            shape = self._shape.at_rank(rank, lora=self._run.config.lora)
+    def _cut(self, member: Member) -> tuple[AdapterState, bytes, str]:
+        """What a site is sent: as a state, as bytes, and its digest."""
+        held = min(self._current.rank, member.max_rank) if self._method.sends_all else member.rank
+        key = member.rank, held
+        if key not in self._cuts:
+            shape = self._shape.at_rank(member.rank, lora=self._run.config.lora)
             cut = leading_ranks(
-                self._current,
-                rank=self._current.rank if self._method.sends_all else rank,
-                scaling=shape.scaling,
-                own_scalings=shape.own_scalings,
+                self._current, rank=held, scaling=shape.scaling, own_scalings=shape.own_scalings
             )
-            self._cuts[rank] = (cut, cut.to_safetensors(), cut.digest())
-        return self._cuts[rank]
+            self._cuts[key] = (cut, cut.to_safetensors(), cut.digest())
+        return self._cuts[key]
 
 
 def _keys(entry: RosterEntry | None) -> tuple[str, str] | None:

@@ -24,7 +24,7 @@ from common.errors import ProtocolError, ScreeningError, ShapeError, SignatureEr
 from common.files import Buffer
 from common.records import Envelope, PrivacyRow, Reply, Task, envelope_of, open_reply
 from server.roster import Roster
-from server.update_norm import parts_norm, product_norm, update_norm
+from server.update_norm import displacement, parts_norm, product_norm, update_norm
 
 # A site that says one of these would say it again: it is not asked twice for the same.
 FINAL_REFUSALS = frozenset(
@@ -58,8 +58,8 @@ _MEANINGS = {
 
 # So many times the product may the factors' parts be, before what they leave of it is float32's rounding.
 _MAX_CANCELLATION = 1e4
-# Far above any adapter that was trained, far enough below float32's 3e38 that sums stay finite.
-_MAX_PRODUCT_NORM = 1e30
+# Far above any factor that was trained, far enough below float32's 3e38 that products and sums stay finite.
+_MAX_FACTOR_NORM = 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +130,13 @@ def screen_update(
     shape: AdapterShape,
     sent: FactorSource,
     max_norm: float,
+    by_factors: bool = False,
 ) -> AcceptedUpdate:
     """Return the update in a verified reply to a train task, and the adapter that came beside it.
 
     shape: what the site was asked to train. sent: what it was sent to train it from. max_norm:
-    aggregation.max-update-norm, 0 for none. Raises ScreeningError as `screen_reply` does, and with
+    aggregation.max-update-norm, 0 for none. by_factors: whether factors are averaged, and how far they moved
+    counts too. Raises ScreeningError as `screen_reply` does, and with
     reason "adapter" (not safetensors, wrong tensors, shape or dtype, or anything beside them), "digest",
     "not-finite", "too-large" (finite, but a merge of it might not be), "privacy" (not the protection that was
     asked for), "frozen" (a factor changed that was not to be trained), "update-norm" (above `max_norm`) or
@@ -152,23 +154,29 @@ def screen_update(
         raise ScreeningError("digest", f"{site}: the adapter is not the one that was signed")
     if not state.is_finite():
         raise ScreeningError("not-finite", f"{site}: the adapter holds NaN or infinity")
-    if not state.product_norm_bound() < _MAX_PRODUCT_NORM:
-        raise ScreeningError("too-large", f"{site}: the adapter's product overflows float32")
+    if not state.factor_norm() < _MAX_FACTOR_NORM:
+        raise ScreeningError(
+            "too-large", f"{site}: a factor of norm {state.factor_norm():.3g} is no trained one"
+        )
     privacy = _screen_privacy(reply, task=task)
     _screen_frozen(state, site=site, task=task, sent=sent)
     norm = update_norm(state, sent=sent)
-    if max_norm and not norm <= max_norm:
+    moved = displacement(state, sent=sent) if by_factors else norm
+    if max_norm and not max(norm, moved) <= max_norm:
         raise ScreeningError(
             "update-norm",
-            f"{site}: the update has norm {norm:.6g}, and aggregation.max-update-norm is {max_norm:g}; ask "
-            "the site what it trained on, or raise the limit",
+            f"{site}: the update has norm {norm:.6g}"
+            + (f" and moves the factors by {moved:.6g}" if by_factors else "")
+            + f", and aggregation.max-update-norm is {max_norm:g}; ask the site what it trained on, or raise "
+            "the limit",
         )
-    parts = parts_norm(state)
-    if parts > _MAX_CANCELLATION * max(product_norm(state), product_norm(sent)):
+    product = max(product_norm(state), product_norm(sent))
+    parts = max(parts_norm(state), moved if by_factors else 0.0)
+    if parts > _MAX_CANCELLATION * product:
         raise ScreeningError(
             "cancels",
-            f"{site}: the factors' parts, of norm {parts:.3g}, cancel but for rounding; as a product they "
-            "are next to nothing, and beside others they would drown them",
+            f"{site}: factors of norm {parts:.3g} make a product of {product:.3g}; they cancel but for "
+            "rounding, and beside others they would drown them",
         )
     return AcceptedUpdate(site, state, reply.numbers, privacy, norm)
 

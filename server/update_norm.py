@@ -58,6 +58,27 @@ def parts_norm(adapter: FactorSource) -> float:
     return math.sqrt(math.fsum(squares))
 
 
+def displacement(returned: FactorSource, *, sent: FactorSource) -> float:
+    """Return how far an update can carry a mean of factors, as a product, at most.
+
+    |(s0 B0 + u dB)(A0 + v dA) - s0 B0 A0| <= |dB| (|A0| + |dA|) + |s0 B0| |dA| for all u, v in [0, 1], with
+    dB = s B - s0 B0, dA = A - A0 and Frobenius norms; over all modules together. Unlike `update_norm` it
+    grows where factors are rescaled or rotated while their product stays. sent: see there.
+    """
+    squares = []
+    for module in returned.modules:
+        pair, before = returned.pair(module), sent.pair(module)
+        a0 = before.A[: pair.rank].astype(np.float64)
+        b0 = sent.scaling_of(module) * before.B[:, : pair.rank].astype(np.float64)
+        moved_a = float(np.linalg.norm(pair.A - a0))
+        moved_b = float(
+            np.linalg.norm(returned.scaling_of(module) * pair.B.astype(np.float64) - b0)
+        )
+        of_b = moved_b * (float(np.linalg.norm(a0)) + moved_a)
+        squares.append((of_b + float(np.linalg.norm(b0)) * moved_a) ** 2)
+    return math.sqrt(math.fsum(squares))
+
+
 def product_norm(adapter: FactorSource) -> float:
     """Return |s B A|, the Frobenius norm over all modules together."""
     squares = []

@@ -16,7 +16,7 @@ from server.aggregation.svd import fresh_rows
 from server.aggregation.target import Target
 from server.aggregation.types import Cut
 from server.lowrank import TruncatedSvd, truncated_svd
-from server.products import squared_norm
+from server.products import squared_norm, stacked
 
 Matrix = npt.NDArray[np.float64]
 
@@ -27,13 +27,11 @@ def cut_ffa(target: Target) -> Cut:
     Raises ShapeError when a site trained A.
     """
     _check_a_was_frozen(target)
-    a = target.rights[0]
-    sb = target.lefts[0]
-    for left, right in zip(target.lefts[1:], target.rights[1:], strict=True):
-        # Momentum: rows in other words, and in the span of A like everything here.
-        sb = sb + left @ np.linalg.lstsq(a.T, right.T)[0].T
+    a = target.current.A.astype(np.float64)
+    # Every row on the right is one of A, or with momentum a mixture of them.
+    sb = stacked(target.lefts, axis=1) @ (stacked(target.rights, axis=0) @ np.linalg.pinv(a))
     pair = LoraPair(target.current.A, (sb / target.scaling).astype(np.float32))
-    live = truncated_svd([sb], [a], rank=target.rank).live_rank
+    live = truncated_svd([sb], [a], rank=len(a)).live_rank
     return Cut(pair, squared_norm([sb], [a]), 0.0, live)
 
 
@@ -45,11 +43,12 @@ def cut_fedsvd(target: Target) -> Cut:
     Raises ShapeError when a site trained A.
     """
     _check_a_was_frozen(target)
-    svd = truncated_svd(target.lefts, target.rights, rank=target.rank)
+    rank = target.current.rank
+    svd = truncated_svd(target.lefts, target.rights, rank=rank)
     live = svd.live_rank
     a, sb = svd.Vt.copy(), svd.U * svd.S
     sb[:, live:] = 0.0
-    if live < target.rank:
+    if live < rank:
         a[live:] = _rest_of_span(svd, target)
     pair = LoraPair(a.astype(np.float32), (sb / target.scaling).astype(np.float32))
     return Cut(pair, svd.total_energy, svd.tail_energy, live)
@@ -71,7 +70,7 @@ def orthonormal_start(state: AdapterState) -> AdapterState:
 
 
 def _check_a_was_frozen(target: Target) -> None:
-    if not np.array_equal(target.mean_a, target.current.A):
+    if not target.a_is_common:
         raise ShapeError(
             f"{target.name}: a site sent another A than it was sent, and this method trains B alone"
         )
@@ -83,7 +82,7 @@ def _rest_of_span(svd: TruncatedSvd, target: Target) -> Matrix:
     beside = target.current.A - (target.current.A @ live.T) @ live
     # The directions of A that live components use least come first.
     _, sizes, rows = np.linalg.svd(beside, full_matrices=False)
-    wanted = target.rank - svd.live_rank
+    wanted = target.current.rank - svd.live_rank
     candidates = rows[:wanted].copy()
     thin = sizes[:wanted] <= 1e-6 * max(sizes[0], 1e-300)
     random = np.random.default_rng(derive_seed("fresh rows", target.name))

@@ -21,7 +21,8 @@ def cut_weighted(target: Target) -> Cut:
     pair = LoraPair(
         target.mean_a.astype(np.float32), (target.mean_sb / target.scaling).astype(np.float32)
     )
-    live = truncated_svd([target.mean_sb], [target.mean_a], rank=target.rank).live_rank
+    rank = target.current.rank
+    live = truncated_svd([target.mean_sb], [target.mean_a], rank=rank).live_rank
     return Cut(pair, squared_norm(target.lefts, target.rights), 0.0, live)
 
 
@@ -37,15 +38,14 @@ def cut_fedex(target: Target) -> Cut:
     """Return the means of the trained factors, and behind them what these miss of M, exactly
     (FedEx-LoRA 2410.09432, section 4).
 
-    The residual M - s (mean B)(mean A) grows by sum_k r_k ranks a round at most. Sites are sent all of it
-    and train on top of it, but not it: in the paper it is added to the frozen weights, here it is a frozen
-    part of the adapter, since the quantised base must stay what its digest says.
+    The residual M - s (mean B)(mean A) grows by sum_k r_k ranks a round at most. Sites are sent as much of it
+    as they can hold and train on top of it, but not it: in the paper it is added to the frozen weights, here
+    it is a frozen part of the adapter, since the quantised base must stay what its digest says.
     """
-    trained = target.trained_rank
+    trained = target.rank
     mean_sb, mean_a = target.mean_sb[:, :trained], target.mean_a[:trained]
     lefts, rights = (*target.lefts, -mean_sb), (*target.rights, mean_a)
-    sides = (mean_sb.shape[0], mean_a.shape[1])
-    width = min(sum(left.shape[1] for left in lefts), *sides)
+    width = min(sum(left.shape[1] for left in lefts), *target.sides)
     residual = truncated_svd(lefts, rights, rank=width)
     rest = balanced_split(residual, scaling=target.scaling, name=target.name, fresh=False)
     total = squared_norm(target.lefts, target.rights)
@@ -54,5 +54,5 @@ def cut_fedex(target: Target) -> Cut:
         rest = LoraPair(np.zeros_like(rest.A), np.zeros_like(rest.B))
     b = np.concatenate([(mean_sb / target.scaling).astype(np.float32), rest.B], axis=1)
     a = np.concatenate([mean_a.astype(np.float32), rest.A])
-    live = truncated_svd([b], [a], rank=min(trained + width, *sides)).live_rank
+    live = truncated_svd([b], [a], rank=min(trained + width, *target.sides)).live_rank
     return Cut(LoraPair(a, b), total, 0.0, live)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.adapter import AdapterState, FactorSource, LoraPair
+from common.errors import ShapeError
 from server.aggregation.by_module import map_modules
 from server.aggregation.methods import METHODS
 from server.aggregation.robust import update_shares
@@ -38,18 +39,24 @@ def merge(
     """Return the next global adapter.
 
     current: the global adapter. velocity: what the last merge returned, None before the first.
-    Raises ShapeError when there is nothing to merge, or an update does not fit.
+    Raises ShapeError when there is nothing to merge, an update does not fit, or the result is not finite.
     """
     started = time.perf_counter()
     shares = update_shares(current, updates, rules=rules)
     merged = list(merge_modules(current, updates, shares=shares, rules=rules, velocity=velocity))
     pairs = {module.name: module.pair for module in merged}
     if METHODS[rules.method].grows:
-        pairs = _at_one_rank(pairs, merged, least=max(u.returned.rank for u in updates))
+        pairs = _at_one_rank(pairs, merged, least=_rank(rules, updates))
     speeds = {one.name: one.velocity for one in merged if one.velocity is not None}
     by_site = {update.site: share for update, share in zip(updates, shares, strict=True)}
+    state = AdapterState(pairs, current.scaling, current.own_scalings)
+    if not state.is_finite():
+        raise ShapeError(
+            "the merged adapter holds values that are not finite; nothing of this round is kept. Set "
+            "aggregation.max-update-norm, and see update_norm in history.jsonl for what sites send"
+        )
     return Merged(
-        AdapterState(pairs, current.scaling, current.own_scalings),
+        state,
         replace(
             merge_report(merged, method=rules.method),
             shares=by_site,
@@ -71,10 +78,10 @@ def merge_modules(
 
     shares: from `update_shares`. Raises ShapeError as `merge` does.
     """
-    cut = METHODS[rules.method].cut
+    cut, rank = METHODS[rules.method].cut, _rank(rules, updates)
 
     def merge_module(name: str) -> MergedModule:
-        mean = target_of(name, current, updates, shares)
+        mean = target_of(name, current, updates, shares, rank=rank)
         if rules.momentum == 0.0:
             done = cut(mean)
             return MergedModule(name, done.pair, _report(done, mean, done.total_energy))
@@ -86,6 +93,10 @@ def merge_modules(
         return MergedModule(name, done.pair, _report(done, mean, mean_energy), speed)
 
     return map_modules(merge_module, current.modules)
+
+
+def _rank(rules: MergeRules, updates: Sequence[SiteUpdate]) -> int:
+    return rules.rank or max((update.returned.rank for update in updates), default=0)
 
 
 def merge_report(modules: Sequence[MergedModule], *, method: str) -> MergeReport:
@@ -129,16 +140,16 @@ def _with_momentum(
 ) -> tuple[Target, LoraPair]:
     """Return the target W_g + V' and V' = trunc_r(beta V + sum_k c_k D_k) (DESIGN section 6).
 
-    mean: the target without momentum, whose first term is W_g and what the sites' B add to it. before: V.
+    mean: the target without momentum. before: V.
     The server's momentum of FedAvgM (1909.06335, section 4) on whole updates; V is kept in factors.
     """
     scaling = np.float64(mean.scaling)
-    sb, a = mean.current.B * scaling, mean.rights[0]
-    lefts, rights = [mean.lefts[0] - sb, *mean.lefts[1:]], list(mean.rights)
+    sb, a = mean.current.B * scaling, mean.current.A.astype(np.float64)
+    lefts, rights = map(list, mean.change)
     if before is not None:
         lefts.append(before.B * (momentum * scaling))
         rights.append(before.A.astype(np.float64))
-    svd = truncated_svd(lefts, rights, rank=mean.rank)
+    svd = truncated_svd(lefts, rights, rank=mean.current.rank)
     speed = balanced_split(svd, scaling=mean.scaling, name=mean.name, fresh=False)
     moved = (speed.B * scaling, speed.A.astype(np.float64))
     return replace(mean, lefts=(sb, moved[0]), rights=(a, moved[1])), speed

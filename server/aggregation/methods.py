@@ -33,8 +33,9 @@ class Method:
     """One way to merge.
 
     cut: from the target of a module to its next factors. trained: round (1 up) -> which factors sites train.
-    grows: whether the global adapter's rank grows beyond lora.rank. sends_all: whether a site is sent all of
-    it, with what is beyond its own rank frozen, and not its leading ranks alone.
+    grows: whether the global adapter's rank grows beyond lora.rank. sends_all: whether a site is sent as much
+    of it as it can hold, with what is beyond its own rank frozen, and not its leading ranks alone.
+    averages_factors: whether what is merged depends on more than the sites' products.
     orthonormal: whether the first A has orthonormal rows.
     """
 
@@ -42,15 +43,16 @@ class Method:
     trained: Callable[[int], Factors] = _both
     grows: bool = False
     sends_all: bool = False
+    averages_factors: bool = False
     orthonormal: bool = False
 
 
 METHODS: dict[str, Method] = {
     "svd": Method(cut_svd),
-    "weighted": Method(cut_weighted),
+    "weighted": Method(cut_weighted, averages_factors=True),
     "stack": Method(cut_stack, grows=True),
     "ffa": Method(cut_ffa, trained=_only_b),
     "fedsvd": Method(cut_fedsvd, trained=_only_b, orthonormal=True),
-    "rolora": Method(cut_rolora, trained=_by_turns),
-    "fedex": Method(cut_fedex, grows=True, sends_all=True),
+    "rolora": Method(cut_rolora, trained=_by_turns, averages_factors=True),
+    "fedex": Method(cut_fedex, grows=True, sends_all=True, averages_factors=True),
 }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.adapter import FactorSource
+from common.errors import ShapeError
 from server.aggregation.by_module import map_modules
 from server.aggregation.types import MergeRules, SiteUpdate, normalised_weights
 from server.products import stacked
@@ -30,14 +31,16 @@ def update_shares(
     """Return c_k of every site: the merged update is sum_k c_k D_k.
 
     current: the global adapter. They sum to 1 but for clipped ones.
-    Raises ShapeError when there is nothing to weigh.
+    Raises ShapeError when there is nothing to weigh, or a product overflows.
     """
     weights = normalised_weights(updates)
     if rules.robust == "none":
         return weights
     gram = update_gram(current, updates)
+    if not np.isfinite(gram).all():
+        raise ShapeError("the updates' inner products are not finite; nothing is merged")
     if rules.robust == "norm-clip":
-        norms = np.sqrt(np.diag(gram))
+        norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
         factors = clip_factors(norms, max_norm=rules.clip_norm)
         return [weight * factor for weight, factor in zip(weights, factors, strict=True)]
     return list(map(float, geometric_median(gram, np.array(weights))))
@@ -91,18 +94,21 @@ def update_gram(current: FactorSource, updates: Sequence[SiteUpdate]) -> Matrix:
 
 def _module_gram(name: str, current: FactorSource, updates: Sequence[SiteUpdate]) -> Matrix:
     pair = current.pair(name)
-    a, sb = pair.A.astype(np.float64), current.scaling_of(name) * pair.B.astype(np.float64)
-    lefts: list[Matrix] = []
-    rights: list[Matrix] = []
+    # Products only: see server/aggregation/target.py.
+    lefts: list[npt.NDArray[np.floating]] = [pair.B * np.float64(current.scaling_of(name))]
+    rights: list[npt.NDArray[np.floating]] = [pair.A]
     for update in updates:
         returned = update.returned.pair(name)
-        left = returned.B * np.float64(update.returned.scaling_of(name))
-        # As in server/aggregation/target.py: differences of factors, in which nothing large cancels.
-        lefts += [left, left - sb[:, : returned.rank]]
-        rights += [returned.A - a[: returned.rank], a[: returned.rank]]
+        lefts.append(returned.B * np.float64(update.returned.scaling_of(name)))
+        rights.append(returned.A)
     left, right = stacked(lefts, axis=1), stacked(rights, axis=0)
-    products = (left.T @ left) * (right @ right.T)
-    widths = [2 * update.returned.rank for update in updates]
-    starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
-    summed: Matrix = np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
+    # D_k = s_k B_k A_k - W_k0 as a sum of components: 1 for its own, -1 for those that it was sent.
+    signs = np.zeros((left.shape[1], len(updates)))
+    start = pair.rank
+    for column, update in enumerate(updates):
+        own = update.returned.rank
+        signs[:own, column] = -1.0
+        signs[start : start + own, column] = 1.0
+        start += own
+    summed: Matrix = signs.T @ ((left.T @ left) * (right @ right.T)) @ signs
     return summed

@@ -20,7 +20,7 @@ def cut_svd(target: Target) -> Cut:
     Exact when M has no more than that rank; else what is left out are the smallest singular values (Eckart
     and Young, 1936). Sites may hold different ranks.
     """
-    return _cut(target, rank=target.rank)
+    return _cut(target, rank=target.current.rank)
 
 
 def cut_stack(target: Target) -> Cut:
@@ -30,9 +30,9 @@ def cut_stack(target: Target) -> Cut:
     The rank is the sum of the ranks that went in, at most the module's smaller side; the leading ranks, which
     sites are sent, are the best ones there are.
     """
-    d_out, d_in = target.mean_sb.shape[0], target.mean_a.shape[1]
     width = sum(left.shape[1] for left in target.lefts)
-    return _cut(target, rank=min(width, d_out, d_in))
+    # Never below what the largest site trains, whoever took part in this round.
+    return _cut(target, rank=min(max(width, target.rank), *target.sides))
 
 
 def _cut(target: Target, *, rank: int) -> Cut:

@@ -84,13 +84,15 @@ class Merged:
 class MergeRules:
     """How to merge; the fields are those of AggregationSection in common/config.py.
 
-    clip_norm: for robust = "norm-clip"; 0 takes the median of the updates' norms.
+    clip_norm: for robust = "norm-clip"; 0 takes the median of the updates' norms. rank: lora.rank, which an
+    adapter that grows never falls below; 0 takes the highest that a site returned.
     """
 
     method: str = "svd"
     robust: str = "none"
     clip_norm: float = 0.0
     momentum: float = 0.0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

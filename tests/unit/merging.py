@@ -70,7 +70,8 @@ def rotated(state: AdapterState, seed: int) -> AdapterState:
     """Return the same product in other factors: (B R, R^-1 A)."""
     random = np.random.default_rng(seed)
     mix = np.linalg.qr(random.standard_normal((state.rank, state.rank)))[0]
-    mix = mix * random.uniform(0.5, 2.0, state.rank)
+    # Up to a billion times larger on the one side and smaller on the other: exact, since powers of two.
+    mix = mix * np.exp2(random.integers(-30, 31, state.rank))
     return AdapterState(
         {
             name: LoraPair(

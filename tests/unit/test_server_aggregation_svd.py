@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.adapter import AdapterState, LoraPair
+from common.errors import ShapeError
 from server.aggregation.svd import balanced_split
 from server.lowrank import truncated_svd
 from tests.unit.adapters import SIDES, assert_same_products, products, random_adapter
@@ -151,3 +152,27 @@ def test_stack_never_grows_beyond_the_sides_of_the_largest_module() -> None:
         ).state
     # 6 x 5 and 5 x 8: no more than 5 singular values.
     assert current.rank == 5
+
+
+@pytest.mark.parametrize("method", ["stack", "fedex"])
+def test_a_round_of_small_sites_alone_leaves_the_rank_that_large_ones_train(method: str) -> None:
+    """With what is left below lora.rank, a larger site could not be sent its ranks ever again."""
+    nothing = AdapterState(
+        {n: LoraPair(p.A, 0 * p.B) for n, p in random_adapter(0, rank=4).pairs.items()}, 2.0
+    )
+    small = [random_adapter(seed, rank=1, scaling=8.0) for seed in (1, 2)]
+    merged = merged_by(method, nothing, small, rank=4).state
+    assert merged.rank >= 4
+    assert_same_products(merged, dense_target(nothing, small, [0.5, 0.5]))
+    for pair in sent_to(4, merged).pairs.values():
+        assert np.linalg.matrix_rank(pair.A[:4]) == 4
+
+
+def test_what_is_not_finite_is_no_adapter() -> None:
+    current = random_adapter(0, rank=1, scaling=1.0)
+    huge = AdapterState(
+        {n: LoraPair(p.A * 0 + 1, p.B * 0 + np.float32(3e38)) for n, p in current.pairs.items()},
+        8.0,
+    )
+    with pytest.raises(ShapeError, match="values that are not finite"), np.errstate(over="ignore"):
+        merged_by("weighted", current, [huge])

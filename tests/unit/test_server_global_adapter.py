@@ -112,7 +112,7 @@ def _full_ranks(folder: Path, model: Path) -> Path:
     return write_scenario(folder / "full-scenario", model)
 
 
-@pytest.mark.parametrize("method", ["svd", "stack"])
+@pytest.mark.parametrize("method", ["svd", "stack", "fedex"])
 def test_sites_of_mixed_ranks_each_train_what_they_can_hold(
     tiny_model_dir: Path, tmp_path: Path, method: str
 ) -> None:
@@ -128,7 +128,7 @@ def test_sites_of_mixed_ranks_each_train_what_they_can_hold(
     full = run(_full_ranks(tmp_path, tiny_model_dir), tmp_path / "full", **_settings(method))
     assert all(b < 0.75 * entry["bytes_up"] for b, entry in zip(up, full["rounds"], strict=True))
     ranks = {len(a) for name, a in _exported(out).items() if ".lora_A." in name}
-    assert ranks.pop() == 4 or method == "stack"
+    assert ranks.pop() == 4 or method != "svd"
 
 
 def test_updates_are_clipped_and_the_summary_says_so(scenario: Path, tmp_path: Path) -> None:

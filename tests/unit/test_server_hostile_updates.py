@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from common.adapter import AdapterState, Float32, LoraPair
 from common.records import PROTOCOL, Envelope, PrivacyRow, Reply, Task, seal_reply, to_records
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey
-from server.aggregation import METHODS, SiteUpdate
+from server.aggregation import MergeRules, SiteUpdate, merge
 from server.incoming import empty_incoming
 from tests.unit.adapters import in_memory
 from tests.unit.fake_federation import Answer, FakeClock, FakeSite, honest_reply, incoming
@@ -31,7 +31,8 @@ from tests.unit.room import CURRENT, Room
 # An honest step changes a factor's values by about so much; the limit is far above what comes of it.
 STEP = 0.05
 MAX_UPDATE_NORM = 50.0
-TRAINED_FACTORS = ("both", "b", "a")
+# One that trains both factors, one that trains B alone, and one that trains B and A by turns.
+METHODS_TO_TRY = ("svd", "ffa", "rolora")
 HONEST = ("arles", "bergen")
 
 
@@ -189,6 +190,29 @@ def _frozen_changed(turn: Turn) -> AdapterState:
     return replace(turn.state, pairs={**turn.state.pairs, name: LoraPair(a, b)})
 
 
+def _cancelling(turn: Turn) -> AdapterState:
+    """A row of A twice, and B with +x and -x."""
+    pairs = {}
+    for name, pair in turn.state.pairs.items():
+        a, b = pair.A.copy(), pair.B.copy()
+        a[1] = a[0]
+        b[:, 0] += np.float32(1e7)
+        b[:, 1] -= np.float32(1e7)
+        pairs[name] = LoraPair(a, b)
+    return replace(turn.state, pairs=pairs)
+
+
+def _rescaled(turn: Turn, factor: float) -> AdapterState:
+    """(B x, A / x), the same product; for 0 the largest B beside an A of zeros."""
+    pairs = {
+        name: LoraPair(pair.A / np.float32(factor), pair.B * np.float32(factor))
+        if factor
+        else LoraPair(0 * pair.A, 0 * pair.B + np.float32(3e38))
+        for name, pair in turn.state.pairs.items()
+    }
+    return replace(turn.state, pairs=pairs)
+
+
 # Records
 
 
@@ -288,6 +312,11 @@ MALFORMED: dict[str, tuple[str, Callable[[Turn], Answer]]] = {
     "an update turned round and too large": (
         "update-norm", lambda t: t.sealed(state=_scaled(t, -1e3)),
     ),
+    "a product that cancels": ("cancels", lambda t: t.sealed(state=_cancelling(t))),
+    "an honest product in factors of 2^60 and 2^-60": (
+        "too-large", lambda t: t.sealed(state=_rescaled(t, 2.0**60)),
+    ),
+    "a huge factor beside nothing": ("too-large", lambda t: t.sealed(state=_rescaled(t, 0.0))),
     "the frozen factor changed": ("frozen", lambda t: t.sealed(state=_frozen_changed(t))),
     "another task": ("signature", lambda t: t.sealed(task_sha256="0" * 64)),
     "a task of another base": ("signature", lambda t: _answering(t, base_digest="other")),
@@ -431,6 +460,13 @@ SPOOFED: dict[str, tuple[set[str], Callable[[Turn], Answer]]] = {
 }  # fmt: skip
 
 
+_IN_BOTH_FACTORS = (
+    "a product that cancels",
+    "an honest product in factors of 2^60 and 2^-60",
+    "a huge factor beside nothing",
+)
+
+
 @dataclass(frozen=True)
 class Attack:
     """A class of hostile replies. reasons: what it may be refused for."""
@@ -447,9 +483,10 @@ class Siege:
     """
 
     def __init__(
-        self, clock: FakeClock, folder: Path, *, hostile: int, seed: int, **settings: Any
+        self, clock: FakeClock, folder: Path, *, hostile: int, seed: int, method: str = "svd"
     ) -> None:
         folder.mkdir()
+        self.method = method
         self.trained: dict[str, AdapterState] = {}
         self.plan: dict[str, Attack] = {}
         self.seed = seed
@@ -458,8 +495,8 @@ class Siege:
         scripts |= {name: [self._hostile] for name in names}
         self.room = Room(
             clock, folder, scripts,
-            **{"federation__max-retries": 0, "aggregation__max-update-norm": MAX_UPDATE_NORM},
-            **settings,
+            **{"federation__max-retries": 0, "aggregation__max-update-norm": MAX_UPDATE_NORM,
+               "aggregation__method": method},
         )  # fmt: skip
         self.room.federation.gather()
         self.hostile = names
@@ -494,11 +531,15 @@ class Siege:
             event["site"] for event in self.room.events("reply") if event["round"] == server_round
         ] == list(HONEST)
         returned = {update.site: in_memory(update.adapter) for update in replies.updates}
-        self.current = _merged(self.current, replies.sent, returned)
+        self.current = self._merged(self.current, returned)
         empty_incoming(self.room.incoming)
         # What a coordinator would make of the honest sites' adapters that never heard of the others.
-        self.expected = _merged(self.expected, dict.fromkeys(HONEST, self.expected), self.trained)
+        self.expected = self._merged(self.expected, self.trained)
         assert self.current.to_safetensors() == self.expected.to_safetensors()
+
+    def _merged(self, current: AdapterState, by_site: Mapping[str, AdapterState]) -> AdapterState:
+        updates = [SiteUpdate(site, 100.0, by_site[site]) for site in HONEST]
+        return merge(current, updates, rules=MergeRules(self.method)).state
 
     def check_trail(self) -> None:
         """The audit log tells of every refusal what the history tells."""
@@ -525,15 +566,6 @@ class Siege:
         return self.plan[site.name].make(turn) if self.plan else site.sealed[-1]
 
 
-def _merged(
-    current: AdapterState,
-    sent: Mapping[str, AdapterState],
-    returned: Mapping[str, AdapterState],
-) -> AdapterState:
-    updates = [SiteUpdate(site, 100.0, sent=sent[site], returned=returned[site]) for site in HONEST]
-    return METHODS["svd"](current, updates).state
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return FakeClock().install(monkeypatch)
@@ -552,14 +584,13 @@ def test_500_malformed_updates_of_many_classes_change_nothing(
 ) -> None:
     assert len(MALFORMED) >= 18
     refused: Counter[str] = Counter()
-    for index, (trained, rounds) in enumerate(zip(TRAINED_FACTORS, (17, 17, 16), strict=True)):
-        siege = Siege(clock, tmp_path / trained, hostile=10, seed=index,
-                      **{"round__trained-factors": trained})  # fmt: skip
-        # With both factors trained there is none to be frozen.
+    for index, (method, rounds) in enumerate(zip(METHODS_TO_TRY, (17, 17, 16), strict=True)):
+        siege = Siege(clock, tmp_path / method, hostile=10, seed=index, method=method)
+        # With both factors trained there is none to be frozen, and with one none to be rescaled.
         table = {
             name: Attack(name, {reason}, make)
             for name, (reason, make) in MALFORMED.items()
-            if trained != "both" or reason != "frozen"
+            if (reason != "frozen" if method == "svd" else name not in _IN_BOTH_FACTORS)
         }
         names = _drawn(table, 10 * rounds, seed=index)
         for server_round in range(1, rounds + 1):
@@ -588,16 +619,14 @@ def test_1000_spoofed_replayed_or_signed_anew_change_nothing(
 SIZES = (0.0, 1e-40, 1e-6, 1e-2, 1.0, 1e2, 1e5)
 
 
-@pytest.mark.parametrize("trained", TRAINED_FACTORS)
-def test_500_honest_updates_are_all_accepted(
-    clock: FakeClock, tmp_path: Path, trained: str
-) -> None:
+@pytest.mark.parametrize("method", METHODS_TO_TRY)
+def test_500_honest_updates_are_all_accepted(clock: FakeClock, tmp_path: Path, method: str) -> None:
     """Whatever the size of a step, and whichever rank a site holds."""
-    rounds = {"both": 17, "b": 17, "a": 16}[trained]
+    rounds = {"svd": 17, "ffa": 17, "rolora": 16}[method]
     random = np.random.default_rng(rounds)
 
     def any_step(site: FakeSite, task: Task, envelope: Envelope) -> Answer:
-        sent = incoming(task, envelope)
+        sent, trained = incoming(task, envelope), task.config["round.trained-factors"]
         size = float(random.choice(SIZES))
 
         def moved(array: Float32, *, moves: bool) -> Float32:
@@ -615,7 +644,7 @@ def test_500_honest_updates_are_all_accepted(
     sites = [f"site-{number}" for number in range(10)]
     scripts: dict[str, list[Any]] = {name: [any_step] for name in sites}
     # Two factors moved by 1e5 each: products of 1e10 in 70 places, times a scaling of up to 8.
-    limits = {"round__trained-factors": trained, "aggregation__max-update-norm": 1e13}
+    limits = {"aggregation__method": method, "aggregation__max-update-norm": 1e13}
     room = Room(clock, tmp_path, scripts, **limits)
     for number, name in enumerate(sites):
         room.sites[name].max_rank = 1 + number % 4

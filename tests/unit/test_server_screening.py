@@ -340,6 +340,37 @@ def test_huge_factors_of_a_small_product_are_refused(size: float, reason: str) -
 
 
 @pytest.mark.parametrize(
+    ("by_factors", "factor", "reason"),
+    [
+        (False, 2.0**20, ""),
+        (True, 2.0**20, "update-norm"),
+        (True, -1.0, "update-norm"),
+        (True, 1.0, ""),
+    ],
+)
+def test_where_factors_are_averaged_they_may_not_move_far_behind_the_same_product(
+    by_factors: bool, factor: float, reason: str
+) -> None:
+    """(B x, A / x): nothing as an update, and everything to a mean of factors."""
+    scale = np.float32(factor)
+    pairs = {name: LoraPair(p.A / scale, p.B * scale) for name, p in STATE.pairs.items()}
+    state = AdapterState(pairs, STATE.scaling)
+    envelope = _sealed(_honest(adapter_digest=state.digest()), adapter=state.to_safetensors())
+    reply = verified_reply(envelope, task=TASK, site="oslo", roster=ROSTER)
+
+    def screen() -> AcceptedUpdate:
+        return screen_update(reply, envelope.adapter, task=TASK, shape=SHAPE, sent=STATE,
+                             max_norm=5.0, by_factors=by_factors)  # fmt: skip
+
+    if reason:
+        with pytest.raises(ScreeningError, match="moves the factors by") as caught:
+            screen()
+        assert caught.value.reason == reason
+    else:
+        assert screen().norm == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
     "privacy",
     [
         None,
