@@ -22,7 +22,7 @@ Matrix = npt.NDArray[np.float64]
 
 
 def cut_ffa(target: Target) -> Cut:
-    """Return the mean of B beside A as it has been from the start (FFA-LoRA 2403.12313, section 3).
+    """Return the mean of B beside A as it has been from the start (FFA-LoRA 2403.12313).
 
     Raises ShapeError when a site trained A.
     """
@@ -36,7 +36,7 @@ def cut_ffa(target: Target) -> Cut:
 
 
 def cut_fedsvd(target: Target) -> Cut:
-    """Return A = V' and s B = U S of M = U S V' (FedSVD 2505.12805, section 3).
+    """Return A = V' and s B = U S of M = U S V' (FedSVD 2505.12805, reparameterisation).
 
     The rows of A are orthonormal, which bounds the gradient of B by that of the product and keeps it large
     beside DP noise. M stays in the span of the first A, so that nothing is cut off.

@@ -13,7 +13,7 @@ from server.products import squared_norm
 
 
 def cut_weighted(target: Target) -> Cut:
-    """Return the means of A and of s B (FedAvg 1602.05629; for LoRA: FedIT 2305.05644, section 3).
+    """Return the means of A and of s B (FedAvg 1602.05629; for LoRA: FedIT 2305.05644).
 
     Biased: the product of means is not the mean of products; the difference is the weighted
     covariance of B and A. A site of lower rank moves the leading rows that it was sent.
@@ -27,7 +27,7 @@ def cut_weighted(target: Target) -> Cut:
 
 
 def cut_rolora(target: Target) -> Cut:
-    """Return the mean of the factor that this round trained (RoLoRA 2502.01755, algorithm 1).
+    """Return the mean of the factor that this round trained (RoLoRA 2502.01755, alternating rounds).
 
     Sites train B in one round and A in the next; the other factor is everybody's, so that the mean is exact.
     """
@@ -36,7 +36,7 @@ def cut_rolora(target: Target) -> Cut:
 
 def cut_fedex(target: Target) -> Cut:
     """Return the means of the trained factors, and behind them what these miss of M, exactly
-    (FedEx-LoRA 2410.09432, section 4).
+    (FedEx-LoRA 2410.09432, its residual).
 
     The residual M - s (mean B)(mean A) grows by sum_k r_k ranks a round at most. Sites are sent as much of it
     as they can hold and train on top of it, but not it: in the paper it is added to the frozen weights, here

@@ -47,7 +47,7 @@ def update_shares(
 
 
 def clip_factors(norms: Matrix, *, max_norm: float) -> list[float]:
-    """Return min(1, max_norm / norm) of every update (1911.07963, section 3; there of the whole model).
+    """Return min(1, max_norm / norm) of every update (norm thresholding, Sun et al. 1911.07963).
 
     norms: (K,). max_norm: 0 takes their median, so that less than half of the sites cannot raise it.
     """
@@ -59,7 +59,7 @@ def geometric_median(gram: Matrix, weights: Matrix) -> Matrix:
     """Return c, summing to 1, such that sum_k c_k D_k is the weighted geometric median of the D_k.
 
     gram: (K, K), <D_i, D_j>. weights: (K,), summing to 1. The point of least sum_k w_k |D_k - v|, which less
-    than half of the weight cannot carry far; found by smoothed Weiszfeld steps (RFA 1912.13445, algorithm 2).
+    than half of the weight cannot carry far; found by smoothed Weiszfeld steps (RFA 1912.13445, smoothed Weiszfeld).
     """
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     # Of the median: a huge update must not make the others look like one point.

@@ -15,7 +15,7 @@ _FRESH_ROW_NORM = 3**-0.5
 
 
 def cut_svd(target: Target) -> Cut:
-    """Return the best approximation of M at the global rank, balanced (FlexLoRA 2402.11505, section 3.2).
+    """Return the best approximation of M at the global rank, balanced (FlexLoRA 2402.11505, its redistribution by SVD).
 
     Exact when M has no more than that rank; else what is left out are the smallest singular values (Eckart
     and Young, 1936). Sites may hold different ranks.
@@ -24,7 +24,7 @@ def cut_svd(target: Target) -> Cut:
 
 
 def cut_stack(target: Target) -> Cut:
-    """Return M itself, as concatenated factors (FLoRA 2409.05976, section 3.2) in the order of its
+    """Return M itself, as concatenated factors (FLoRA 2409.05976, stacking) in the order of its
     singular values.
 
     The rank is the sum of the ranks that went in, at most the module's smaller side; the leading ranks, which
