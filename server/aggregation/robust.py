@@ -59,7 +59,7 @@ def geometric_median(gram: Matrix, weights: Matrix) -> Matrix:
     """Return c, summing to 1, such that sum_k c_k D_k is the weighted geometric median of the D_k.
 
     gram: (K, K), <D_i, D_j>. weights: (K,), summing to 1. The point of least sum_k w_k |D_k - v|, which less
-    than half of the weight cannot carry far; found by smoothed Weiszfeld steps (RFA 1912.13445, smoothed Weiszfeld).
+    than half of the weight cannot carry far; found by smoothed Weiszfeld steps (RFA 1912.13445).
     """
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     # Of the median: a huge update must not make the others look like one point.

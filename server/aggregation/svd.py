@@ -15,7 +15,7 @@ _FRESH_ROW_NORM = 3**-0.5
 
 
 def cut_svd(target: Target) -> Cut:
-    """Return the best approximation of M at the global rank, balanced (FlexLoRA 2402.11505, its redistribution by SVD).
+    """Return the best approximation of M at the global rank, balanced (FlexLoRA 2402.11505).
 
     Exact when M has no more than that rank; else what is left out are the smallest singular values (Eckart
     and Young, 1936). Sites may hold different ranks.
