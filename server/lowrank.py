@@ -127,8 +127,8 @@ def _by_gram(
 ) -> tuple[Matrix, float] | None:
     """Directions (d_in, p) for V and |M|^2; None where too much would be lost.
 
-    With R's rows at norm 1 (their norms put into L), R R' = C C', hence R = C Q' for an orthonormal Q,
-    M = (L C) Q', and the eigenvectors of (L C)' (L C) = C' (L'L) C are M's right ones in terms of Q.
+    With R's rows at norm 1 (their norms put into L), (L'L) (R R') Y = Y E says that M M' (L R R' Y) =
+    (L R R' Y) E: the eigenvectors of two Gram matrices give M's left ones.
     """
     gram_left, gram_right = left.T @ left, right @ right.T
     norms = np.sqrt(np.diag(gram_right))
@@ -141,12 +141,12 @@ def _by_gram(
     columns = len(sizes)
     # Parallel rows leave R R' singular, and rounding makes it a little less than that.
     gram_right[np.diag_indices(columns)] += _EPS * columns
+    first = max(columns - rank - _SPARE, 0)
     try:
-        lower = np.linalg.cholesky(gram_right)
+        _, top = eigh(gram_left, gram_right, type=2, subset_by_index=[first, columns - 1])
     except np.linalg.LinAlgError:
         return None
-    top = _top_eigenvectors(lower.T @ gram_left @ lower, rank + _SPARE)
-    basis, _ = np.linalg.qr(left @ (norms[:, None] * (lower @ top)))
+    basis, _ = np.linalg.qr(left @ (norms[:, None] * (gram_right @ top)))
     basis, _ = np.linalg.qr(right.T @ (left.T @ basis))
     return basis, total
 

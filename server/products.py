@@ -22,9 +22,14 @@ def inner_product(
 
     lefts: each (d_out, r_i); rights: each (r_i, d_in). In float64.
     """
-    left, right = stacked(lefts, axis=1), stacked(rights, axis=0)
     other_left, other_right = stacked(other_lefts, axis=1), stacked(other_rights, axis=0)
-    return float(np.vdot(left.T @ other_left, right @ other_right.T))
+    # Part by part: no stack of the many is made.
+    return float(
+        sum(
+            np.vdot(left.T @ other_left, right @ other_right.T)
+            for left, right in zip(lefts, rights, strict=True)
+        )
+    )
 
 
 def squared_norm(lefts: Factors, rights: Factors) -> float:

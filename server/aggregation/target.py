@@ -98,12 +98,13 @@ def target_of(
         kept[:own] -= share
         left = returned.B * np.float64(share * update.returned.scaling_of(name))
         mean_sb[:, :own] += left
-        mean_a[:own] += share * returned.A.astype(np.float64)
+        right = returned.A.astype(np.float64)
+        mean_a[:own] += share * right
         if np.array_equal(returned.A, pair.A[:own]):
             common[:, :own] += left
         else:
             lefts.append(left)
-            rights.append(returned.A.astype(np.float64))
+            rights.append(right)
     kept[np.abs(kept) < _NOTHING] = 0.0
     mean_a += kept[:, None] * a
     mean_sb += kept * sb
