@@ -45,7 +45,7 @@ class Gate:
         self._approvals = approvals
         self._speeds = speeds
         self._withdrawals = Withdrawals(config.folder)
-        self._owners = RunOwners(config.folder / "state" / "run-owners")
+        self._owners = RunOwners(config.folder / "state" / "run-owners", is_begun=ledger.has_run)
         self._seen_file = config.folder / "state" / "seen.json"
 
     def consider(self, task: Task, *, signer: str) -> TaskPlan:
@@ -67,10 +67,12 @@ class Gate:
     def charge(self, plan: TaskPlan, *, signer: str) -> None:
         """Charge a task durably; one that has its charge keeps it. Its run is the signer's from then on.
 
-        Raises BudgetError, or PolicyError when the run is another coordinator's by now.
+        A run that is charged and whose file is gone becomes the signer's too.
+        Raises BudgetError, which gives nobody the run, or PolicyError when it is another coordinator's.
         """
         config, charge = self._config, plan.charge
-        self._owners.bind(charge.run_uid, signer)
+        self._owners.check(charge.run_uid, signer)
+        self._owners.clear(charge.run_uid)
         row = self._ledger.reserve(
             charge,
             planned_steps=plan.run.total_steps,
@@ -84,6 +86,7 @@ class Gate:
                 f"task {charge.task_id[:12]} was charged as {row.without_state} and would now be trained "
                 f"as {charge}; site.toml changed under a run, so let it begin anew"
             )
+        self._owners.bind(charge.run_uid, signer)
 
     def planned(self, plan: TaskPlan, *, base_digest: str) -> PlannedModel:
         """Return the model and the adapter that a task trains and sends back; neither is loaded.

@@ -48,6 +48,10 @@ class Ledger:
         """Return every row of a data set, oldest first."""
         return _of_dataset(self._file.state(), dataset)
 
+    def has_run(self, run_uid: str) -> bool:
+        """Return whether anything was ever charged for a run, on whatever data set."""
+        return any(row.run_uid == run_uid for row in self._file.state().rows.values())
+
     def datasets(self) -> list[str]:
         """Return the names of all data sets that were ever charged."""
         return sorted({row.dataset for row in self._file.state().rows.values()})

@@ -18,12 +18,17 @@ from tests.unit.ready_site import edited
 NORTH, SOUTH = "ab" * 32, "cd" * 32
 
 
+def _owners(folder: Path, *, begun: bool = True) -> RunOwners:
+    return RunOwners(folder, is_begun=lambda run_uid: begun)
+
+
 def test_a_run_is_its_first_coordinators_for_good(tmp_path: Path) -> None:
-    owners = RunOwners(tmp_path / "run-owners")
+    owners = _owners(tmp_path / "run-owners")
     owners.check("run-1", SOUTH)
     owners.bind("run-1", NORTH)
 
-    again = RunOwners(tmp_path / "run-owners")
+    again = _owners(tmp_path / "run-owners")
+    again.clear("run-1")
     again.check("run-1", NORTH)
     again.bind("run-1", NORTH)
     for refuse in (again.check, again.bind):
@@ -37,12 +42,28 @@ def test_a_run_is_its_first_coordinators_for_good(tmp_path: Path) -> None:
 def test_a_damaged_file_is_nobodys_permission(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run-1").write_bytes(content)
     with pytest.raises(ConfigError, match="run-1 is damaged; put its backup there"):
-        RunOwners(tmp_path).bind("run-1", NORTH)
+        _owners(tmp_path).bind("run-1", NORTH)
 
 
 def test_a_name_that_is_no_file_name_reaches_no_file(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="a run is named by"):
-        RunOwners(tmp_path).bind("../seen.json", NORTH)
+        _owners(tmp_path).bind("../seen.json", NORTH)
+
+
+@pytest.mark.parametrize("content", [NORTH.encode(), b"no key"])
+def test_the_file_of_a_run_that_was_never_charged_is_nobodys_claim(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "run-1").write_bytes(content)
+    before = _owners(tmp_path, begun=False)
+    before.check("run-1", SOUTH)
+    before.clear("run-1")
+
+    after = _owners(tmp_path)
+    after.bind("run-1", SOUTH)
+    assert (tmp_path / "run-1").read_text() == SOUTH
+    with pytest.raises(PolicyError, match="begun here by coordinator cdcd"):
+        after.check("run-1", NORTH)
 
 
 @pytest.fixture
@@ -85,3 +106,53 @@ def test_what_was_refused_makes_no_run_anybodys(shared: tuple[Hospital, SigningK
     assert _ask(hospital, above, second).error_code == "policy"
 
     assert _ask(hospital, hospital.task(1), hospital.coordinator).error_code == ""
+
+
+def test_a_coordinator_whose_plan_is_too_dear_takes_no_run(
+    shared: tuple[Hospital, SigningKey],
+) -> None:
+    hospital, second = shared
+    dear = hospital.task(1, settings={"privacy.noise-multiplier": 0.3})
+    edited(hospital.folder, policy={"max-epsilon": 1.0})
+    assert _ask(hospital, dear, second).error_code == "budget"
+    assert not (hospital.folder / "state" / "run-owners" / "run-1").exists()
+
+    edited(hospital.folder, policy={"max-epsilon": 10.0})
+    assert _ask(hospital, hospital.task(1), hospital.coordinator).error_code == ""
+    assert _ask(hospital, hospital.task(2), second).error_code == "policy"
+
+
+def test_what_a_refused_coordinator_once_left_is_replaced(
+    shared: tuple[Hospital, SigningKey],
+) -> None:
+    """Before the charge came first, a file was written for tasks that the ledger then refused."""
+    hospital, second = shared
+    left = hospital.folder / "state" / "run-owners" / "run-1"
+    left.parent.mkdir(parents=True)
+    left.write_text(second.public_hex)
+
+    assert _ask(hospital, hospital.task(1), hospital.coordinator).error_code == ""
+
+    assert left.read_text() == hospital.coordinator.public_hex
+    assert _ask(hospital, hospital.task(2), second).error_code == "policy"
+
+
+def test_a_run_that_is_charged_on_another_data_set_is_begun_all_the_same(
+    shared: tuple[Hospital, SigningKey],
+) -> None:
+    hospital, second = shared
+    assert _ask(hospital, hospital.task(1), hospital.coordinator).error_code == ""
+    edited(hospital.folder, data={"name": "newer-notes"})
+
+    assert _ask(hospital, hospital.task(1), second).error_code == "policy"
+
+
+def test_a_charged_run_without_a_file_is_whose_task_comes_first(
+    shared: tuple[Hospital, SigningKey],
+) -> None:
+    hospital, second = shared
+    assert _ask(hospital, hospital.task(1), hospital.coordinator).error_code == ""
+    (hospital.folder / "state" / "run-owners" / "run-1").unlink()
+
+    assert _ask(hospital, hospital.task(2), second).error_code == ""
+    assert _ask(hospital, hospital.task(3), hospital.coordinator).error_code == "policy"
