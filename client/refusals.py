@@ -1,6 +1,8 @@
-"""Lines of the audit log about tasks that no believed coordinator signed: so many a minute, then a count.
+"""What the log holds of tasks not let in: of those that nobody believed signed, so many a minute and a count.
 
 Whoever carries messages here needs no key to send rubbish, and every line costs disk that is never freed.
+What a believed coordinator signed and is refused all the same (another site's, an old protocol) always has
+its line: rubbish must not hide it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable
 
 from client.replies import in_words
 from common.audit_log import AuditLog
-from common.errors import AuditError, ConsiliumError
+from common.errors import AuditError, ProtocolError, SignatureError
 
 # More in a minute than people could read; of whoever signs nothing, one line says as much as another.
 MAX_LINES = 60
@@ -24,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class Refusals:
-    """What one site writes down of such tasks. clock: seconds, never backwards; a test may pass another."""
+    """What one site writes down of tasks that it does not let in.
+
+    clock: seconds, never backwards; a test may pass another.
+    """
 
     def __init__(self, audit: AuditLog, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._audit = audit
@@ -34,16 +39,20 @@ class Refusals:
         self._lines = 0
         self._more = 0
 
-    def note(self, payload: bytes, error: ConsiliumError) -> None:
-        """Write down, or count, a task that was not let in. Raises as AuditLog.append does."""
+    def note(self, payload: bytes, error: SignatureError | ProtocolError) -> None:
+        """Write down a task that was not let in, or only count it where nobody believed signed it.
+
+        error: a SignatureError when nobody did. Raises as AuditLog.append does.
+        """
         with self._lock:
             if self._is_over():
                 self._write_count()
                 self._began_s, self._lines = self._clock(), 0
-            if self._lines == MAX_LINES:
-                self._more += 1
-                return
-            self._lines += 1
+            if isinstance(error, SignatureError):
+                if self._lines == MAX_LINES:
+                    self._more += 1
+                    return
+                self._lines += 1
             received = hashlib.sha256(payload).hexdigest()
             self._audit.append(
                 "refused", task_sha256=received, code=error.code, why=in_words(error)

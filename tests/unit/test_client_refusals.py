@@ -9,7 +9,7 @@ import pytest
 
 from client.refusals import MAX_LINES, Refusals
 from common.audit_log import AuditEntry, AuditLog, verify_audit_log
-from common.errors import SignatureError
+from common.errors import ProtocolError, SignatureError
 from common.signing import SigningKey
 from tests.unit.fake_federation import FakeClock
 from tests.unit.hospital import make_hospital
@@ -117,6 +117,43 @@ def test_a_count_that_cannot_be_written_is_kept(
     door.audit.path.write_bytes(whole)
     door.refusals.close_minute(at_once=True)
     assert door.counts() == [3]
+
+
+def test_what_a_believed_coordinator_signed_has_its_line_beyond_them(door: _Door) -> None:
+    door.knock(70)
+    for _ in range(3):
+        door.refusals.note(b"signed", ProtocolError("the task is for site 'oslo'"))
+    door.knock(5)
+    door.refusals.close_minute(at_once=True)
+
+    codes = [entry.fields["code"] for entry in door.lines()]
+    assert codes == ["signature"] * 60 + ["protocol"] * 3 + ["signature"]
+    assert door.counts() == [15]
+
+
+def test_nor_does_it_take_the_line_of_one_that_nobody_signed(door: _Door) -> None:
+    for _ in range(100):
+        door.refusals.note(b"signed", ProtocolError("the task is for site 'oslo'"))
+    door.knock(60)
+
+    assert (len(door.lines()), door.counts()) == (160, [])
+
+
+def test_a_task_for_another_site_is_seen_through_any_rubbish(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = make_hospital(tmp_path / "north", tiny_model_dir)
+    site = hospital.open()
+    forged = hospital.seal(hospital.task(), SigningKey.generate())
+    for _ in range(MAX_LINES + 1):
+        with pytest.raises(SignatureError, match="does not hold"):
+            site.admit(forged)
+    for changes, said in (({"site": "oslo"}, "for site 'oslo'"), ({"protocol": 0}, "protocol")):
+        with pytest.raises(ProtocolError, match=said):
+            site.admit(hospital.seal(hospital.task(**changes)))
+
+    refused = [entry.fields for entry in site.audit.entries() if entry.event == "refused"]
+    assert [r["code"] for r in refused] == ["signature"] * MAX_LINES + ["protocol"] * 2
 
 
 def test_a_sites_own_door_is_guarded_so(tmp_path: Path, tiny_model_dir: Path) -> None:
