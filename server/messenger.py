@@ -49,12 +49,18 @@ class Sent:
 class Answer:
     """What became of a task that was sent: a message, or None when its node was gone and came back.
 
+    arrived_s: when the message was here whole, or that there is none was seen (time.monotonic).
     unreadable: a reply came, and Flower could not make a message of it.
     """
 
     sent: Sent
     message: Message | None
+    arrived_s: float
     unreadable: bool = False
+
+
+# A message, and when it was here whole (time.monotonic).
+_Pulled = tuple[Message, float]
 
 
 def _ignore(sent: Sent) -> None:
@@ -89,7 +95,7 @@ class Messenger:
         self._pool = ThreadPoolExecutor(pull_threads, "pull") if pull_threads else None
         self._unreadable: set[str] = set()
         # By message id: what is being fetched.
-        self._fetching: dict[str, Future[list[Message]]] = {}
+        self._fetching: dict[str, Future[list[_Pulled]]] = {}
 
     def node_ids(self) -> list[int]:
         """Return the nodes that are connected now, sorted."""
@@ -174,15 +180,15 @@ class Messenger:
             if sent.node_id == node_id:
                 self._given_up[message_id] = self._waiting.pop(message_id)
 
-    def _take(self, arrived: list[Message]) -> Iterator[Answer]:
+    def _take(self, arrived: list[_Pulled]) -> Iterator[Answer]:
         """Empty `arrived`: a message holds a whole adapter, which nobody may hold once it was taken."""
         arrived.reverse()
         while arrived:
-            message = arrived.pop()
+            message, arrived_s = arrived.pop()
             message_id = message.metadata.reply_to_message_id
             sent = self._waiting.pop(message_id, None)
             if sent is not None:
-                yield Answer(sent, message)
+                yield Answer(sent, message, arrived_s)
                 continue
             late = self._given_up.pop(message_id, None)
             # Flower's own word that nothing came is no reply.
@@ -195,7 +201,7 @@ class Messenger:
             self._given_up.pop(message_id, None)
             sent = self._waiting.pop(message_id, None)
             if sent is not None:
-                yield Answer(sent, None, unreadable=True)
+                yield Answer(sent, None, time.monotonic(), unreadable=True)
 
     def _returned(self, gone: set[int]) -> Iterator[Answer]:
         """Yield what was sent to nodes that are there again; note in `gone` those that are not."""
@@ -208,9 +214,9 @@ class Messenger:
         for node in sorted(gone & online & expected.keys()):
             gone.discard(node)
             self._awaited.pop(node, None)
-            yield Answer(expected[node], None)
+            yield Answer(expected[node], None, time.monotonic())
 
-    def _pull(self) -> list[Message]:
+    def _pull(self) -> list[_Pulled]:
         """Return what has come, also of what was given up: the SuperLink keeps it until it is pulled."""
         now_s = time.monotonic()
         for message_id, sent in list(self._given_up.items()):
@@ -223,14 +229,14 @@ class Messenger:
             if message_id not in self._fetching:
                 self._fetching[message_id] = self._pool.submit(self._fetch_one, message_id)
         wait(self._fetching.values(), timeout=_FETCH_S)
-        arrived = []
+        arrived: list[_Pulled] = []
         for message_id, fetched in list(self._fetching.items()):
             if fetched.done():
                 del self._fetching[message_id]
                 arrived += fetched.result()
         return arrived
 
-    def _fetch_one(self, message_id: str) -> list[Message]:
+    def _fetch_one(self, message_id: str) -> list[_Pulled]:
         try:
             return self._fetch([message_id])
         except ConsiliumError:
@@ -242,8 +248,10 @@ class Messenger:
             self._unreadable.add(message_id)
             return []
 
-    def _fetch(self, message_ids: list[str]) -> list[Message]:
-        return self._patiently(lambda: list(self._grid.pull_messages(message_ids)))
+    def _fetch(self, message_ids: list[str]) -> list[_Pulled]:
+        messages = self._patiently(lambda: list(self._grid.pull_messages(message_ids)))
+        arrived_s = time.monotonic()
+        return [(message, arrived_s) for message in messages]
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
         """Repeat a call that the SuperLink could not answer, for at most `patience_s`."""

@@ -176,7 +176,8 @@ class OpenRound:
             if answer.message is None:
                 # Its node was gone and came back, and with it went what it had been sent.
                 raise ScreeningError("lost", f"{site} was gone and may have forgotten its task")
-            if time.monotonic() > self._attempt_ends_s + _EXPIRY_ROUNDING_S:
+            # As it came: judging those that came with it takes seconds each.
+            if answer.arrived_s > self._attempt_ends_s + _EXPIRY_ROUNDING_S:
                 raise ScreeningError("expired", f"{site}'s answer came after its task had expired")
             envelope = answer_in(answer.message, who=site)
             self._bytes_up += envelope.size_bytes

@@ -84,6 +84,33 @@ def test_a_message_is_held_by_nobody_once_it_was_taken(clock: FakeClock) -> None
     assert len(taken) == 3
 
 
+@pytest.mark.parametrize("pull_threads", [0, 2])
+def test_an_answer_came_when_it_was_pulled_not_when_its_turn_came(
+    clock: FakeClock, pull_threads: int
+) -> None:
+    messenger = Messenger(cast(Grid, _grid(clock, 2, 3)), pull_threads=pull_threads)
+    messenger.send(_tasks(2, 3), ttl_s=70)
+    came_s = []
+    for answer in messenger.answers(deadline_s=100):
+        came_s.append(answer.arrived_s)
+        clock.sleep(5.0)
+    assert came_s == [1000.0, 1000.0]
+
+
+def test_what_takes_long_to_fetch_has_come_when_it_is_here(clock: FakeClock) -> None:
+    grid = _grid(clock, 2)
+    pull = grid.pull_messages
+
+    def slow_pull(message_ids: Iterable[str]) -> Iterable[Message]:
+        clock.sleep(30.0)
+        return pull(message_ids)
+
+    grid.pull_messages = slow_pull  # type: ignore[method-assign]
+    messenger = _messenger(grid)
+    messenger.send(_tasks(2), ttl_s=70)
+    assert [answer.arrived_s for answer in messenger.answers(deadline_s=100)] == [1030.0]
+
+
 @pytest.mark.parametrize(
     ("kind", "message_type"), [("train", MessageType.TRAIN), ("describe", MessageType.QUERY)]
 )

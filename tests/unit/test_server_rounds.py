@@ -12,6 +12,7 @@ from common.adapter import LoraPair, lora_scaling
 from common.errors import QuorumError
 from common.records import Envelope, Task, seal_reply
 from common.signing import SigningKey
+from server import open_round
 from server.aggregation.types import leading_ranks
 from server.roster import Roster
 from server.rounds import Federation
@@ -385,6 +386,25 @@ def test_a_reply_that_is_taken_after_its_task_expired_is_refused(
     else:
         replies = room.federation.run_round(CURRENT, server_round=1)
         assert [update.site for update in replies.updates] == ["bern", "oslo"]
+
+
+def test_a_reply_that_came_in_time_may_wait_for_its_turn(
+    clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three come in one pull, at once; the third is looked at 80 s later, 20 s after the deadline."""
+    room = Room(clock, tmp_path, {"oslo": [honest], "bern": [honest], "kiel": [honest]},
+                **{"federation__max-retries": 0})  # fmt: skip
+    screen = open_round.screen_update
+
+    def slow_screen(*arguments: Any, **named: Any) -> Any:
+        clock.sleep(40.0)
+        return screen(*arguments, **named)
+
+    monkeypatch.setattr(open_round, "screen_update", slow_screen)
+    replies = room.federation.run_round(CURRENT, server_round=1)
+
+    assert [update.site for update in replies.updates] == ["bern", "kiel", "oslo"]
+    assert dict(replies.refused) == {}
 
 
 def test_a_second_reply_to_the_same_task_counts_for_nothing(
