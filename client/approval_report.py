@@ -50,9 +50,24 @@ def _cost_rows(cost: RunCost, *, max_epsilon: float) -> list[tuple[str, str]]:
         ("epsilon ever, with it", f"{_epsilon(cost.lifetime_epsilon_after)} {cap}"),
         ("steps", f"{cost.steps:,} in {cost.rounds:,} rounds"),
         ("bytes in", decimal(cost.bytes_down)),
+        *_frozen_rows(cost),
         ("bytes out", decimal(cost.bytes_up)),
         ("training time", f"about {_duration(cost.hours)} ({source})"),
     ]
+
+
+def _frozen_rows(cost: RunCost) -> list[tuple[str, str]]:
+    """The most that may come beside what is trained: a run's coordinator need not say so beforehand."""
+    if cost.more_ranks is None or cost.most_bytes_down is None:
+        more = "and up to policy.max-rank in all that are not trained: not counted when it asked"
+    elif cost.more_ranks > 0:
+        more = (
+            f"and up to {cost.more_ranks} ranks more that are not trained (policy.max-rank): up to "
+            f"{decimal(cost.most_bytes_down)} down"
+        )
+    else:
+        return []
+    return [("frozen ranks", more)]
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:

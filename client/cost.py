@@ -39,7 +39,9 @@ class RunCost:
     `delta`; infinite without protection. lifetime_epsilon_after: of the data set, this run counted in, at
     data.delta. steps: optimizer steps over all rounds. bytes_down, bytes_up: adapters over all rounds; a
     signed message beside each is some kB more. hours: an estimate; hours_measured: from this site's own
-    earlier rounds.
+    earlier rounds. more_ranks: that may come beside those in bytes_down without being trained, since a round
+    sets that number under policy.max-rank and may set it late. most_bytes_down: bytes_down with all of them.
+    Both are None in a request that was filed before they were counted.
     """
 
     unit: str
@@ -52,6 +54,8 @@ class RunCost:
     bytes_up: int
     hours: float
     hours_measured: bool
+    more_ranks: int | None = None
+    most_bytes_down: int | None = None
 
 
 def run_cost(
@@ -62,10 +66,11 @@ def run_cost(
     speeds: Speeds,
     device: torch.device,
     lifetime_epsilon_after: float,
+    max_rank: int,
 ) -> RunCost:
     """Return what all rounds of a run cost this site.
 
-    steps: all of the run's at this site; noise multiplier 0 is no protection.
+    steps: all of the run's at this site; noise multiplier 0 is no protection. max_rank: policy.max-rank.
     The hours count every record at data.max-length. Without earlier rounds of the same kind they come from
     the device's speed at matrix products, which is rough: within a factor of about 3 from a million
     parameters up, too few by up to 7 for 260 thousand (on one idle CPU core), too many where records
@@ -76,6 +81,8 @@ def run_cost(
     if per_record_s is None:
         per_record_s = _probed_seconds(model, run, device=device)
     sent = model.shape.with_frozen(run.round.frozen_rank)
+    more_ranks = max(0, max_rank - sent.rank)
+    most = sent.with_frozen(more_ranks)
     return RunCost(
         unit=run.privacy.unit,
         epsilon=compose_epsilon(
@@ -89,6 +96,8 @@ def run_cost(
         bytes_up=run.train.rounds * model.shape.safetensors_size(),
         hours=run.train.rounds * planned_records(run) * per_record_s / 3600,
         hours_measured=measured,
+        more_ranks=more_ranks,
+        most_bytes_down=run.train.rounds * most.safetensors_size(),
     )
 
 

@@ -114,6 +114,7 @@ class Gate:
             steps=whole,
             speeds=self._speeds,
             device=choose_device(config.device.name),
+            max_rank=config.policy.max_rank,
             lifetime_epsilon_after=self._ledger.spent(
                 config.data.name,
                 unit=config.data.unit,

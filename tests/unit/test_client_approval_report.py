@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,8 @@ COST = RunCost(
     bytes_up=2_500_000,
     hours=0.25,
     hours_measured=False,
+    more_ranks=56,
+    most_bytes_down=10_000_000,
 )
 
 
@@ -56,6 +59,25 @@ def test_all_that_a_run_costs_is_shown() -> None:
         "1,500 in 30 rounds", "1.2 MB", "2.5 MB", "15.0 minutes", "a guess", "what leaves",
     ):  # fmt: skip
         assert shown in printed
+
+
+def _words(table: Table) -> str:
+    """The table's words alone, as if each row were one line."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│┃]", " ", _printed(table)).split())
+
+
+def test_what_may_come_beside_the_trained_ranks_is_said() -> None:
+    assert (
+        "and up to 56 ranks more that are not trained (policy.max-rank): up to 10.0 MB down"
+    ) in _words(approval_table(_request(), max_epsilon=8.0))
+
+    none_left = replace(COST, more_ranks=0, most_bytes_down=COST.bytes_down)
+    assert "frozen" not in _words(cost_table(none_left, max_epsilon=8.0))
+
+    filed_before = replace(COST, more_ranks=None, most_bytes_down=None)
+    assert (
+        "and up to policy.max-rank in all that are not trained: not counted when it asked"
+    ) in _words(cost_table(filed_before, max_epsilon=8.0))
 
 
 def test_no_protection_and_no_cap_are_said_in_words() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from client.approvals import MAX_WAITING, Approvals, Plan, plan_of
 from client.cost import RunCost
+from common.canonical import canonical_json, from_canonical
 from common.config import RunConfig, Scalar
 from common.errors import ApprovalError, ConfigError, PolicyError, ProtocolError
 
@@ -30,6 +31,8 @@ COST = RunCost(
     bytes_up=3000,
     hours=0.5,
     hours_measured=False,
+    more_ranks=56,
+    most_bytes_down=24_000,
 )
 SETTINGS: dict[str, Scalar] = {"train.rounds": 3, "train.local-steps": 2, "lora.rank": 8}
 
@@ -68,6 +71,18 @@ def test_a_run_waits_is_approved_and_may_begin(approvals: Approvals) -> None:
 
     assert (request.state, request.cost, request.plan) == ("approved", COST, _plan())
     assert request.decided_at >= request.asked_at > 0
+
+
+def test_a_request_of_before_frozen_ranks_were_counted_is_still_read(approvals: Approvals) -> None:
+    _ask(approvals, _plan())
+    path = approvals.folder / "run-1.json"
+    content = from_canonical(path.read_bytes())
+    for key in ("more_ranks", "most_bytes_down"):
+        del content["cost"][key]
+    path.write_bytes(canonical_json(content))
+
+    assert approvals.find("run-1").cost == replace(COST, more_ranks=None, most_bytes_down=None)
+    assert approvals.approve("run-1").state == "approved"
 
 
 def test_a_declined_run_is_refused_for_good(approvals: Approvals) -> None:

@@ -52,6 +52,7 @@ def test_a_run_is_seen_with_its_cost_and_approved(hospital: Hospital) -> None:
     assert "run-1" in shown
     assert "epsilon of the run" in shown
     assert "6 in 3 rounds" in shown
+    assert "and up to 62 ranks more" in shown
     assert "1 run waiting" in shown
     assert "Approved run-1" in _run("approve", "run-1", "--yes", "--site", site)
 

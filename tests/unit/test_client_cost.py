@@ -44,6 +44,7 @@ def _cost(run: RunConfig, speeds: Speeds, **changes: Any) -> RunCost:
         "speeds": speeds,
         "device": CPU,
         "lifetime_epsilon_after": 7.0,
+        "max_rank": 2,
     }
     return run_cost(run, **{**arguments, **changes})
 
@@ -71,6 +72,21 @@ def test_ranks_that_are_not_trained_are_fetched_and_not_sent(speeds: Speeds) -> 
     assert wide.size_bytes == 4 * 7 * (4 + 3)
     assert cost.bytes_up == 3 * SHAPE.safetensors_size()
     assert cost.bytes_down == 3 * wide.safetensors_size()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "max_rank", "more"), [(0, 7, 5), (4, 7, 1), (5, 7, 0), (0, 2, 0)]
+)
+def test_the_most_that_may_be_fetched_is_known_beforehand(
+    speeds: Speeds, frozen: int, max_rank: int, more: int
+) -> None:
+    """A run is described with no rank beside the trained ones; a later task may bring all that are left."""
+    cost = _cost(_run(round__frozen_rank=frozen), speeds, max_rank=max_rank)
+
+    widest = AdapterShape({"layer": (3, 4)}, rank=max_rank, scaling=1.0)
+    assert cost.more_ranks == more
+    assert cost.most_bytes_down == 3 * widest.safetensors_size()
+    assert cost.bytes_up == 3 * SHAPE.safetensors_size()
 
 
 def test_rounds_with_ranks_beside_them_have_a_speed_of_their_own(speeds: Speeds) -> None:

@@ -105,6 +105,8 @@ def test_what_approval_costs_is_what_the_run_then_costs(asking: Hospital) -> Non
     assert request.cost.epsilon == pytest.approx(sent[-1].privacy.epsilon)
     assert request.cost.steps == sent[-1].privacy.steps == 6
     assert request.cost.bytes_up == 3 * len(asking.adapter.to_safetensors())
+    # policy.max-rank 64, lora.rank 2.
+    assert request.cost.more_ranks == 62
 
 
 def test_replies_carry_the_heads_that_the_site_then_has(hospital: Hospital) -> None:
