@@ -150,7 +150,8 @@ def compare(
     tuned: Annotated[
         Path | None,
         typer.Option(
-            help='TOML of what else differs by method: ["ffa with DP".train] learning-rate.'
+            help='TOML of what else differs by method: ["ffa with DP".train] learning-rate. '
+            "Settings found on the test set that is reported favour their arm."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Keep the runs that are done, and go on.")] = False,

@@ -1,9 +1,11 @@
 """What federation is worth: untouched base, each site alone, federated, federated with DP, pooled; or what
 one way of merging is worth beside another.
 
-Every arm is a run like any other, with as many optimizer steps for each model that is trained; arms
-differ in which sites take part, in privacy and in aggregation. Each arm starts with fresh site folders, so
-that one arm's budget is no other's.
+Every arm is a run like any other. All ask for the same rounds, local steps and batch size; they differ in
+which sites take part, in privacy, in aggregation and in how often they are evaluated. What the caller changes
+comes on top: dp_changes anything at all in the arms with DP, their number of steps too; `tuned` how one arm
+trains and merges, never how much. Each arm starts with fresh site folders, so that one arm's budget is no
+other's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ ALONE, FEDERATED, FEDERATED_DP, POOLED, BASE = (
 )
 # Arms named by their method of aggregation.
 METHOD, METHOD_DP = "method", "method with DP"
+
+# An arm with more work, other draws or another method than its name says would be compared with nothing.
+_NOT_TUNED = (
+    "train.rounds", "train.local-steps", "train.batch-size", "train.seed", "aggregation.method",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +72,9 @@ class Comparison:
 
     pooled: whether to train on all records in one place, which no hospital would allow.
     methods: aggregation methods to compare in place of all that; with DP too where RUN.toml or dp_changes
-    ask for it. tuned: arm's name -> what else differs from RUN.toml in it: methods that train one factor
-    want another learning rate than those that train two. resume: keep the arms that are done, and go on.
+    ask for it. tuned: arm's name -> what else differs from RUN.toml in it, of [train] and [aggregation] but
+    for how much is trained, seed and method: methods that train one factor want another learning rate than
+    those that train two. resume: keep the arms that are done, and go on.
     """
 
     config: RunConfig
@@ -89,7 +97,8 @@ def run_comparison(
 
     watch: is told of each arm and seed, and returns the listener of its events.
     Writes runs/, comparison.csv and comparison.json into the folder.
-    Raises ConfigError when the folder holds a comparison, or nothing to evaluate on is given.
+    Raises ConfigError when the folder holds a comparison, nothing to evaluate on is given, or `tuned` names
+    what it may not.
     """
     out = comparison.out
     if (out / "comparison.csv").exists() and not (comparison.force or comparison.resume):
@@ -102,12 +111,7 @@ def run_comparison(
         config = comparison.config.replace(changes)
         check_simulation(Simulation(config, comparison.sources, out, base_dir=comparison.base_dir))
     arms_of_methods = list(_method_arms(comparison))
-    unknown = comparison.tuned.keys() - {arm.name for arm in arms_of_methods}
-    if unknown:
-        raise ConfigError(
-            f"nothing that is compared is called {', '.join(sorted(unknown))}; there is "
-            f"{', '.join(arm.name for arm in arms_of_methods) or 'no method'}"
-        )
+    _check_tuned(comparison.tuned, [arm.name for arm in arms_of_methods])
     for arm in arms_of_methods:
         # Not every method goes with every setting.
         comparison.config.replace(arm.changes)
@@ -136,6 +140,22 @@ def run_comparison(
     content = json.dumps(losses_by_arm(results), indent=2)
     write_atomically(out / "comparison.json", content.encode())
     return results
+
+
+def _check_tuned(tuned: Mapping[str, Mapping[str, Scalar]], names: Sequence[str]) -> None:
+    unknown = tuned.keys() - set(names)
+    if unknown:
+        raise ConfigError(
+            f"nothing that is compared is called {', '.join(sorted(unknown))}; there is "
+            f"{', '.join(names) or 'no method'}"
+        )
+    for name, changes in tuned.items():
+        for key in changes:
+            if key in _NOT_TUNED or not key.startswith(("train.", "aggregation.")):
+                raise ConfigError(
+                    f"{key} may not be tuned for {name!r} alone: only keys of [train] and [aggregation] "
+                    f"other than {', '.join(_NOT_TUNED)} may; set it for all in RUN.toml"
+                )
 
 
 def _run_arm(

@@ -42,7 +42,8 @@ def methods_table(results: Sequence[ArmResult]) -> Table:
     """Return a comparison of methods: each one's loss, and what it is better or worse than the first by.
 
     The difference is taken seed by seed, since sites start and draw alike there; the mean of lowest loss is
-    bold, with and without DP.
+    bold, with and without DP. An arm whose settings were tuned on the very test set that is reported is
+    favoured by that; tune on another one.
     """
     seeds = len({result.seed for result in results})
     table = Table(

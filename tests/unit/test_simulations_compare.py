@@ -312,3 +312,34 @@ def test_each_method_may_have_settings_of_its_own(scenario: Path, tmp_path: Path
         ConfigError, match="nothing that is compared is called fffa; there is svd, ffa"
     ):
         run_comparison(misspelt, watch=lambda arm, seed: _ignore)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.rounds", 9),
+        ("train.local-steps", 9),
+        ("train.batch-size", 9),
+        ("train.seed", 9),
+        ("aggregation.method", "svd"),
+        ("privacy.unit", "none"),
+        ("lora.rank", 9),
+        ("training.learning-rate", 0.1),
+    ],
+)
+def test_an_arm_is_not_tuned_by_more_work_another_method_or_less_privacy(
+    scenario: Path, tmp_path: Path, key: str, value: int | str
+) -> None:
+    comparison = _comparison(
+        scenario,
+        tmp_path / "out",
+        methods=("svd", "ffa"),
+        tuned={
+            "ffa": {"aggregation.server-momentum": 0.5, "train.schedule": "constant", key: value}
+        },
+    )
+    with pytest.raises(
+        ConfigError, match=rf"^{key} may not be tuned for 'ffa' alone: only keys of"
+    ):
+        run_comparison(comparison, watch=lambda arm, seed: _ignore)
+    assert not (tmp_path / "out").exists()
