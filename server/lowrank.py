@@ -34,6 +34,7 @@ import numpy.typing as npt
 from scipy.linalg import eigh  # type: ignore[import-untyped]
 
 from common.errors import ShapeError
+from server.products import stacked
 
 Matrix = npt.NDArray[np.float64]
 Way = Literal["gram", "qr", "whole"]
@@ -87,8 +88,7 @@ def truncated_svd(
     a singular value that rounding alone could have made is 0.
     Raises ShapeError when factors do not fit or rank > min(d_out, d_in).
     """
-    left = np.concatenate(lefts, axis=1, dtype=np.float64)
-    right = np.concatenate(rights, axis=0, dtype=np.float64)
+    left, right = stacked(lefts, axis=1), stacked(rights, axis=0)
     if left.shape[1] != right.shape[0]:
         raise ShapeError(f"stacks {left.shape} and {right.shape} do not multiply")
     d_out, d_in = left.shape[0], right.shape[1]

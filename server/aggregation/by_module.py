@@ -1,8 +1,7 @@
 """Modules of a merge, several at a time: one BLAS thread each, as many modules as BLAS would take threads.
 
 Two cores merge two modules faster than both merge one, whose matrices are too thin to be shared. And what is
-computed with one thread has the same bits with the same libraries, however many cores a machine has. (One
-module alone is given all of them.)
+computed with one thread has the same bits with the same libraries, however many cores a machine has.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def map_modules(work: Callable[[str], Done], names: Sequence[str]) -> Iterator[D
     """
     blas = _blas()
     threads = max((pool["num_threads"] for pool in blas.info()), default=1)
-    at_once = min(threads, len(names), _MOST_AT_ONCE)
-    if at_once <= 1:
+    at_once = min(threads, _MOST_AT_ONCE)
+    if at_once == 1:
         yield from map(work, names)
         return
     begun: deque[Future[Done]] = deque()

@@ -79,46 +79,57 @@ def target_of(
     Raises ShapeError when a site's factors are not of the module's sides or its rank is above the global one.
     """
     pair, scaling = current.pair(name), current.scaling_of(name)
-    a = pair.A.astype(np.float64)
-    sb = pair.B * np.float64(scaling)
-    kept, mean_a, mean_sb = np.ones(pair.rank), np.zeros_like(a), np.zeros_like(sb)
-    # s_k B_k of the sites whose A is that of everybody.
-    common = np.zeros_like(sb)
-    lefts: list[Matrix] = []
-    rights: list[Matrix] = []
-    for share, update in zip(shares, updates, strict=True):
-        returned = update.returned.pair(name)
-        own = returned.rank
-        sides = (returned.B.shape[0], returned.A.shape[1])
-        if own > pair.rank or sides != (len(sb), a.shape[1]):
-            raise ShapeError(
-                f"{update.site}: {name} of {sides[0]} x {sides[1]} at rank {own}, where {len(sb)} x "
-                f"{a.shape[1]} at rank {pair.rank} or less is merged"
-            )
-        kept[:own] -= share
-        left = returned.B * np.float64(share * update.returned.scaling_of(name))
-        mean_sb[:, :own] += left
-        right = returned.A.astype(np.float64)
-        mean_a[:own] += share * right
-        if np.array_equal(returned.A, pair.A[:own]):
-            common[:, :own] += left
-        else:
-            lefts.append(left)
-            rights.append(right)
+    a, sb = pair.A.astype(np.float64), pair.B * np.float64(scaling)
+    returned = [_checked(update.returned.pair(name), name, update.site, pair) for update in updates]
+    own_a = [not np.array_equal(one.A, pair.A[: one.rank]) for one in returned]
+    width = sum(one.rank for one, own in zip(returned, own_a, strict=True) if own)
+    # Of the sites with an A of their own, side by side; and of the others, whose A is everybody's.
+    left, right = np.empty((len(sb), width)), np.empty((width, a.shape[1]))
+    common, kept = np.zeros_like(sb), np.ones(pair.rank)
+    # Which rank of the adapter a column of `left` is of, and the same times its site's share.
+    ranks, weighed = np.zeros((width, pair.rank)), np.zeros((width, pair.rank))
+    of_common_a = np.zeros(pair.rank)
+    start = 0
+    for one, own, share, update in zip(returned, own_a, shares, updates, strict=True):
+        kept[: one.rank] -= share
+        factor = np.float64(share * update.returned.scaling_of(name))
+        if not own:
+            common[:, : one.rank] += one.B * factor
+            of_common_a[: one.rank] += share
+            continue
+        place, diagonal = slice(start, start + one.rank), np.arange(one.rank)
+        np.multiply(one.B, factor, out=left[:, place])
+        right[place] = one.A
+        ranks[start + diagonal, diagonal] = 1.0
+        weighed[start + diagonal, diagonal] = share
+        start += one.rank
     kept[np.abs(kept) < _NOTHING] = 0.0
-    mean_a += kept[:, None] * a
-    mean_sb += kept * sb
+    mean_sb = left @ ranks + common + kept * sb
+    mean_a = weighed.T @ right + (of_common_a + kept)[:, None] * a
     terms, change = (
-        _with_first(common + (kept - less) * sb, a, lefts, rights) for less in (0.0, 1.0)
+        _with_first(common + (kept - less) * sb, a, left, right) for less in (0.0, 1.0)
     )
-    return Target(name, pair, scaling, rank, *terms, change, mean_a, mean_sb, a_is_common=not lefts)
+    return Target(
+        name, pair, scaling, rank, *terms, change, mean_a, mean_sb, a_is_common=not any(own_a)
+    )
 
 
-def _with_first(left: Matrix, right: Matrix, lefts: list[Matrix], rights: list[Matrix]) -> Terms:
-    """The terms of the sites after left @ right, of which components that are zero are left out."""
-    used = left.any(axis=0)
-    if lefts and not used.any():
-        return tuple(lefts), tuple(rights)
-    if not used.all() and used.any():
-        left, right = left[:, used], right[used]
-    return (left, *lefts), (right, *rights)
+def _checked(returned: LoraPair, name: str, site: str, current: LoraPair) -> LoraPair:
+    sides = (returned.B.shape[0], returned.A.shape[1])
+    wanted = (current.B.shape[0], current.A.shape[1])
+    if returned.rank > current.rank or sides != wanted:
+        raise ShapeError(
+            f"{site}: {name} of {sides[0]} x {sides[1]} at rank {returned.rank}, where {wanted[0]} x "
+            f"{wanted[1]} at rank {current.rank} or less is merged"
+        )
+    return returned
+
+
+def _with_first(first: Matrix, its_right: Matrix, left: Matrix, right: Matrix) -> Terms:
+    """The terms first @ its_right + left @ right, less components of the first that are zero."""
+    used = first.any(axis=0)
+    if left.shape[1] == 0:
+        return (first,), (its_right,)
+    if not used.any():
+        return (left,), (right,)
+    return (first[:, used], left), (its_right[used], right)
