@@ -17,7 +17,8 @@ from server.aggregation import METHODS
 from server.history import Listener
 from server.progress import RunProgress
 from server.summary_text import summary_sentences
-from simulations.compare import Arm, Comparison, run_comparison
+from simulations.arms import Arm, Comparison
+from simulations.compare import run_comparison
 from simulations.comparison_table import comparison_table, methods_table
 from simulations.run import EngineName, Simulation, run_simulation
 from simulations.scenario import (

@@ -14,42 +14,26 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import RunConfig, Scalar, load_run_config
+from common.config import RunConfig, load_run_config
 from common.errors import ConfigError
 from common.files import write_atomically
 from server.history import Listener
-from simulations.run import Simulation, check_simulation, run_simulation
-from simulations.sites import SourceSite, site_records
-
-ALONE, FEDERATED, FEDERATED_DP, POOLED, BASE = (
-    "alone",
-    "federated",
-    "federated with DP",
-    "pooled",
-    "untouched base",
+from simulations.arms import (
+    ALONE,
+    BASE,
+    Arm,
+    Comparison,
+    changes_with_dp,
+    check_tuned,
+    method_arms,
+    plan_arms,
 )
-# Arms named by their method of aggregation.
-METHOD, METHOD_DP = "method", "method with DP"
-
-# An arm with more work, other draws or another method than its name says would be compared with nothing.
-_NOT_TUNED = (
-    "train.rounds", "train.local-steps", "train.batch-size", "train.seed", "aggregation.method",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One run of a comparison: its kind, which sites take part, what differs from RUN.toml."""
-
-    kind: str
-    name: str
-    sources: tuple[SourceSite, ...]
-    changes: Mapping[str, Scalar]
+from simulations.run import Simulation, check_simulation, run_simulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +48,6 @@ class ArmResult:
     token_accuracy: float
     epsilon: float | None
     wall_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What to compare. dp_changes: what else differs from RUN.toml in the arm with DP.
-
-    pooled: whether to train on all records in one place, which no hospital would allow.
-    methods: aggregation methods to compare in place of all that; with DP too where RUN.toml or dp_changes
-    ask for it. tuned: arm's name -> what else differs from RUN.toml in it, of [train] and [aggregation] but
-    for how much is trained, seed and method: methods that train one factor want another learning rate than
-    those that train two. resume: keep the arms that are done, and go on.
-    """
-
-    config: RunConfig
-    sources: tuple[SourceSite, ...]
-    out: Path
-    base_dir: Path
-    seeds: tuple[int, ...] = (0,)
-    dp_changes: Mapping[str, Scalar] | None = None
-    pooled: bool = True
-    methods: tuple[str, ...] = ()
-    tuned: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
-    force: bool = False
-    resume: bool = False
 
 
 def run_comparison(
@@ -107,11 +67,11 @@ def run_comparison(
         )
     if not comparison.config.evaluation.central_data:
         raise ConfigError("evaluation.central-data is empty: there is nothing to compare on")
-    for changes in ({}, _dp_changes(comparison)):
+    for changes in ({}, changes_with_dp(comparison)):
         config = comparison.config.replace(changes)
         check_simulation(Simulation(config, comparison.sources, out, base_dir=comparison.base_dir))
-    arms_of_methods = list(_method_arms(comparison))
-    _check_tuned(comparison.tuned, [arm.name for arm in arms_of_methods])
+    arms_of_methods = list(method_arms(comparison))
+    check_tuned(comparison.tuned, [arm.name for arm in arms_of_methods])
     for arm in arms_of_methods:
         # Not every method goes with every setting.
         comparison.config.replace(arm.changes)
@@ -140,22 +100,6 @@ def run_comparison(
     content = json.dumps(losses_by_arm(results), indent=2)
     write_atomically(out / "comparison.json", content.encode())
     return results
-
-
-def _check_tuned(tuned: Mapping[str, Mapping[str, Scalar]], names: Sequence[str]) -> None:
-    unknown = tuned.keys() - set(names)
-    if unknown:
-        raise ConfigError(
-            f"nothing that is compared is called {', '.join(sorted(unknown))}; there is "
-            f"{', '.join(names) or 'no method'}"
-        )
-    for name, changes in tuned.items():
-        for key in changes:
-            if key in _NOT_TUNED or not key.startswith(("train.", "aggregation.")):
-                raise ConfigError(
-                    f"{key} may not be tuned for {name!r} alone: only keys of [train] and [aggregation] "
-                    f"other than {', '.join(_NOT_TUNED)} may; set it for all in RUN.toml"
-                )
 
 
 def _run_arm(
@@ -191,63 +135,6 @@ def _check_same_run(out: Path, config: RunConfig) -> None:
             f"{out} was run with other settings ({', '.join(differing)}); use --force to run all of it "
             "again, or another folder"
         )
-
-
-def plan_arms(comparison: Comparison) -> list[Arm]:
-    """Return the arms of a comparison, in the order in which they run."""
-    if comparison.methods:
-        return list(_method_arms(comparison))
-    everyone, count = comparison.sources, len(comparison.sources)
-    last_only = {"evaluation.every": comparison.config.train.rounds}
-    without_dp: dict[str, Scalar] = {**last_only, "privacy.unit": "none"}
-    one_site: dict[str, Scalar] = {
-        **without_dp,
-        "federation.min-sites": 1,
-        "federation.quorum": 0,
-        "federation.fraction": 1.0,
-    }
-    all_sites = {"federation.min-sites": count}
-    arms = [Arm(ALONE, f"{source.name} alone", (source,), one_site) for source in everyone]
-    arms.append(Arm(FEDERATED, FEDERATED, everyone, {**without_dp, **all_sites}))
-    dp = {**all_sites, **_dp_changes(comparison)}
-    arms.append(Arm(FEDERATED_DP, FEDERATED_DP, everyone, dp))
-    if comparison.pooled:
-        unprotected = comparison.config.replace({"privacy.unit": "none"})
-        pooled = _pool(everyone, comparison.out / "pooled", config=unprotected)
-        arms.append(Arm(POOLED, POOLED, (pooled,), one_site))
-    return arms
-
-
-def _method_arms(comparison: Comparison) -> Iterator[Arm]:
-    everyone, config = comparison.sources, comparison.config
-    all_sites = {"federation.min-sites": len(everyone)}
-    for method in comparison.methods:
-        changes: dict[str, Scalar] = {
-            **all_sites,
-            "privacy.unit": "none",
-            "evaluation.every": config.train.rounds,
-            "aggregation.method": method,
-            **comparison.tuned.get(method, {}),
-        }
-        yield Arm(METHOD, method, everyone, changes)
-    if not (config.use_dp or comparison.dp_changes):
-        return
-    for method in comparison.methods:
-        name = f"{method} with DP"
-        dp = {**all_sites, **_dp_changes(comparison), "aggregation.method": method}
-        yield Arm(METHOD_DP, name, everyone, {**dp, **comparison.tuned.get(name, {})})
-
-
-def _dp_changes(comparison: Comparison) -> dict[str, Scalar]:
-    """What the arm with DP changes in RUN.toml, whatever the sites."""
-    unit = comparison.config.privacy.unit
-    changes = comparison.dp_changes or {}
-    rounds = changes.get("train.rounds", comparison.config.train.rounds)
-    return {
-        "privacy.unit": "record" if unit == "none" else unit,
-        **changes,
-        "evaluation.every": rounds,
-    }
 
 
 def grouped(results: Sequence[ArmResult]) -> list[tuple[str, list[ArmResult]]]:
@@ -306,20 +193,3 @@ def losses_by_arm(results: Sequence[ArmResult]) -> dict[str, Any]:
         }
         for label, rows in grouped(results)
     }
-
-
-def _pool(sources: Sequence[SourceSite], folder: Path, *, config: RunConfig) -> SourceSite:
-    """Write every site's usable records into one JSONL file, the pooled arm's only site."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for source in sources:
-        for prompt in site_records(source, config=config).prompts:
-            row = {
-                "instruction": prompt.instruction,
-                "input": prompt.input,
-                "output": prompt.output,
-            }
-            lines.append(json.dumps(row))
-    path = folder / "pooled.jsonl"
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
-    return SourceSite("pooled", path.resolve())

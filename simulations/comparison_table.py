@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from simulations.compare import BASE, FEDERATED, FEDERATED_DP, METHOD, METHOD_DP, ArmResult, grouped
+from simulations.arms import BASE, FEDERATED, FEDERATED_DP, METHOD, METHOD_DP
+from simulations.compare import ArmResult, grouped
 
 
 def comparison_table(results: Sequence[ArmResult]) -> Table:

@@ -17,7 +17,7 @@ from rich.console import Console
 from common.config import load_run_config
 from common.errors import ConfigError, DataError
 from server.history import Event, Listener
-from simulations.compare import (
+from simulations.arms import (
     ALONE,
     BASE,
     FEDERATED,
@@ -26,12 +26,10 @@ from simulations.compare import (
     METHOD_DP,
     POOLED,
     Arm,
-    ArmResult,
     Comparison,
-    mean_loss,
     plan_arms,
-    run_comparison,
 )
+from simulations.compare import ArmResult, mean_loss, run_comparison
 from simulations.comparison_table import comparison_table, methods_table
 from simulations.sites import find_sites
 from tests.unit.scenarios import NUM_RECORDS, site_names, write_scenario
