@@ -60,17 +60,17 @@ def test_sites_that_agree_get_what_they_agree_on_however_many_they_are(
 
 
 def test_pefts_linear_overscales_where_ours_does_not() -> None:
-    """The law above is one that PEFT's own merging fails, with K = 3 identical adapters."""
+    """The law above is one that PEFT's own merging fails: K = 3 identical adapters of weight 1/3."""
     from peft.utils.merge_utils import task_arithmetic
-    from torch import from_numpy, ones, tensor
+    from torch import from_numpy, tensor
 
     agreed = random_adapter(1, rank=2, scaling=1.0)
     pair = agreed.pairs["model.q_proj"]
-    # As LoraModel.add_weighted_adapter(combination_type="linear") merges: sqrt of the weights on A and on B.
-    weights = tensor([1.0, 1.0, 1.0]).sqrt() * ones(3)
-    a = task_arithmetic([from_numpy(pair.A)] * 3, weights)
-    b = task_arithmetic([from_numpy(pair.B)] * 3, weights)
-    np.testing.assert_allclose((b @ a).numpy(), 9.0 * pair.B @ pair.A, rtol=1e-5)
+    # As LoraModel.add_weighted_adapter(combination_type="linear") does: the weights' roots, on A and on B.
+    roots = tensor([1 / 3, 1 / 3, 1 / 3]).sqrt()
+    a = task_arithmetic([from_numpy(pair.A)] * 3, roots)
+    b = task_arithmetic([from_numpy(pair.B)] * 3, roots)
+    np.testing.assert_allclose((b @ a).numpy(), 3.0 * pair.B @ pair.A, rtol=1e-5, atol=1e-5)
     ours = merged_by("weighted", random_adapter(0, rank=2, scaling=1.0), [agreed] * 3)
     assert_same_products(ours.state, agreed)
 
