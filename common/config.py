@@ -213,7 +213,7 @@ class AggregationSection(_Section):
     # svd: best rank-r approximation of the mean update, any mix of ranks. weighted: mean of the factors.
     # stack: exact, the adapter grows by the sites' ranks. ffa, fedsvd: only B is trained, exact, and noise on
     # half the weights. rolora: B and A by turns. fedex: mean of the factors, and what it misses sent beside
-    # it, which grows too, as far as each site's policy.max-rank holds it. svd was best or within 3 % in five
+    # it, which grows too, as far as each site's policy.max-rank holds it. svd was best or within 4 % in five
     # seeds on three scenarios (README), but with mixed ranks and DP: take weighted or lora.use-rslora there.
     method: Literal["svd", "weighted", "stack", "ffa", "fedsvd", "rolora", "fedex"] = "svd"
     # declared-size weighs by the public size of each site's data; equal counts each site once.
