@@ -112,7 +112,9 @@ def choose_way(*, d_out: int, d_in: int, columns: int) -> Way:
 def _upright(left: Matrix, right: Matrix, rank: int, way: Way) -> TruncatedSvd:
     """The SVD of left @ right, whose left side is the one that this way should work on."""
     # |L_j| |R_j| for each component: unlike either norm, it means something by itself.
-    sizes = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)
+    # By einsum: np.linalg.norm would write all squares down first.
+    sizes = np.sqrt(np.einsum("ij,ij->j", left, left))
+    sizes *= np.sqrt(np.einsum("ij,ij->i", right, right))
     found = _by_gram(left, right, sizes, rank=rank) if way == "gram" else None
     if found is None:
         # L R = Q (T R), and Q changes neither the singular values nor V.
