@@ -35,9 +35,10 @@ def map_modules(work: Callable[[str], Done], names: Sequence[str]) -> Iterator[D
     """
     blas = _blas()
     threads = max((pool["num_threads"] for pool in blas.info()), default=1)
-    at_once = min(threads, _MOST_AT_ONCE)
-    if at_once == 1:
-        yield from map(work, names)
+    at_once = min(threads, len(names), _MOST_AT_ONCE)
+    if at_once <= 1:
+        with blas.limit(limits=1):
+            yield from map(work, names)
         return
     begun: deque[Future[Done]] = deque()
     with blas.limit(limits=1), ThreadPoolExecutor(at_once) as pool:
