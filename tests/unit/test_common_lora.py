@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -26,34 +25,13 @@ from common.lora import (
     read_adapter,
     write_adapter,
 )
-from common.model import BaseModel, choose_device, load_base, release_base
+from common.model import BaseModel, choose_device, load_base
 from common.model_folder import digest_model
+from tests.unit.tiny import LLAMA_SIDES
 
 CPU = torch.device("cpu")
 LORA = LoraSection(rank=4, alpha=8.0)
 IDS = torch.tensor([[1, 70, 80, 90, 100, 2]])
-
-# Llama of tests/conftest.py: hidden 32, 4 heads of 8, 2 key-value heads, intermediate 64.
-SIDES = {
-    "self_attn.q_proj": (32, 32),
-    "self_attn.k_proj": (16, 32),
-    "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32),
-    "mlp.gate_proj": (64, 32),
-    "mlp.up_proj": (64, 32),
-    "mlp.down_proj": (32, 64),
-}
-
-
-@pytest.fixture(scope="module", params=["none", "nf4", "int8"])
-def base(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[BaseModel]:
-    yield load_base(tiny_model_dir, ModelSection(quantization=request.param), device=CPU)
-    release_base()
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model_dir: Path) -> BaseModel:
-    return load_base(tiny_model_dir, ModelSection(quantization="none"), device=CPU)
 
 
 def _logits(model: nn.Module) -> Tensor:
@@ -66,7 +44,9 @@ def test_shape_names_every_linear_layer_but_the_head(base: BaseModel) -> None:
     shape = adapter_shape(base, LORA)
 
     assert shape.modules == {
-        f"model.layers.{layer}.{name}": sides for layer in (0, 1) for name, sides in SIDES.items()
+        f"model.layers.{layer}.{name}": sides
+        for layer in (0, 1)
+        for name, sides in LLAMA_SIDES.items()
     }
     assert (shape.rank, shape.scaling) == (4, 2.0)
 
@@ -121,7 +101,7 @@ def test_base_comes_back_exactly_as_it_was_lent(base: BaseModel) -> None:
     for rank in (4, 2):
         with attached(base, LORA, rank=rank) as model:
             names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            assert len(names) == 2 * 2 * len(SIDES)
+            assert len(names) == 2 * 2 * len(LLAMA_SIDES)
             assert all(".lora_" in name for name in names)
             assert {p.dtype for p in names.values()} == {torch.float32}
             with torch.no_grad():
@@ -252,7 +232,7 @@ def test_one_factor_alone_can_be_made_trainable(
 ) -> None:
     with attached(base, LORA, trained_factors=trained) as model:
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert len(names) == 2 * len(SIDES)
+        assert len(names) == 2 * len(LLAMA_SIDES)
         assert all(f".lora_{factor}.default." in name for name in names)
         assert read_adapter(model, LORA, rank=4).rank == 4
 
@@ -284,7 +264,7 @@ def test_a_frozen_adapter_adds_its_update_and_is_neither_trained_nor_read(
     with attached(base, LORA, frozen=frozen) as model:
         write_adapter(model, state)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert len(trainable) == 2 * 2 * len(SIDES)
+        assert len(trainable) == 2 * 2 * len(LLAMA_SIDES)
         assert not any("frozen" in name for name in trainable)
         kept = {n: p for n, p in model.named_parameters() if ".frozen." in n}
         assert len(kept) == len(trainable)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -16,31 +15,10 @@ from common.config import ModelSection
 from common.errors import ModelError, SignatureError
 from common.model import BaseModel, choose_device, load_base, release_base
 from common.model_folder import digest_model, resolve_model
+from tests.unit.tiny import LLAMA_SIDES
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 70, 80, 90, 100, 2]])
-
-# Llama of tests/conftest.py: hidden 32, 4 heads of 8, 2 key-value heads, intermediate 64.
-SIDES = {
-    "self_attn.q_proj": (32, 32),
-    "self_attn.k_proj": (16, 32),
-    "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32),
-    "mlp.gate_proj": (64, 32),
-    "mlp.up_proj": (64, 32),
-    "mlp.down_proj": (32, 64),
-}
-
-
-@pytest.fixture(scope="module", params=["none", "nf4", "int8"])
-def base(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[BaseModel]:
-    yield load_base(tiny_model_dir, ModelSection(quantization=request.param), device=CPU)
-    release_base()
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model_dir: Path) -> BaseModel:
-    return load_base(tiny_model_dir, ModelSection(quantization="none"), device=CPU)
 
 
 @pytest.fixture
@@ -190,7 +168,7 @@ def test_nf4_base_is_four_bit_with_double_quantisation_and_no_cpu_kernel(
     model = load_base(tiny_model_dir, ModelSection(quantization="nf4"), device=CPU).model
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
 
-    assert len(layers) == 2 * len(SIDES)
+    assert len(layers) == 2 * len(LLAMA_SIDES)
     assert type(model.get_output_embeddings()) is nn.Linear
     _logits(model)
     for layer in layers:
@@ -204,7 +182,7 @@ def test_int8_base_is_eight_bit(tiny_model_dir: Path) -> None:
     model = load_base(tiny_model_dir, ModelSection(quantization="int8"), device=CPU).model
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
 
-    assert len(layers) == 2 * len(SIDES)
+    assert len(layers) == 2 * len(LLAMA_SIDES)
     assert all(layer.weight.dtype == torch.int8 for layer in layers)
 
 

@@ -42,6 +42,19 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+# d_out and d_in in each layer of the Llama of tests/conftest.py: hidden 32, 4 heads of 8, 2 key-value
+# heads, intermediate 64.
+LLAMA_SIDES = {
+    "self_attn.q_proj": (32, 32),
+    "self_attn.k_proj": (16, 32),
+    "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32),
+    "mlp.gate_proj": (64, 32),
+    "mlp.up_proj": (64, 32),
+    "mlp.down_proj": (32, 64),
+}
+
+
 class _Tokenizer:
     pad_token_id = 0
     eos_token_id = 2
