@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from common.cli import console
-from common.config import flatten, load_run_config, read_toml
+from common.config import Scalar, flatten, load_run_config, read_toml
 from common.errors import ConfigError, EngineError, QuorumError
 from server.aggregation import METHODS
 from server.history import Listener
@@ -68,9 +68,13 @@ def init(
     """Make a scenario to start from: run.toml, sites and a central test set."""
     config = load_run_config(SCENARIOS / "synthetic.toml")
     if data is None:
+        try:
+            spec = SyntheticSpec(num_sites=sites, seed=seed, department_skew=skew)
+        except ValueError as error:
+            raise ConfigError(f"{error}; see --sites, --skew and --seed") from None
         written = write_synthetic_scenario(
             folder,
-            SyntheticSpec(num_sites=sites, seed=seed, department_skew=skew),
+            spec,
             config,
             ranks=_ranks(ranks),
         )
@@ -87,6 +91,17 @@ def init(
         written = write_own_scenario(folder, own, config, ranks=_ranks(ranks))
     console.print(f"Wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
     console.print(f"Next: consilium simulate run {folder / 'run.toml'}", soft_wrap=True)
+
+
+def _tuned(path: Path) -> dict[str, dict[str, Scalar]]:
+    tree = read_toml(path)
+    flat = [name for name, changes in tree.items() if not isinstance(changes, dict)]
+    if flat:
+        raise ConfigError(
+            f"{path}: {', '.join(flat)} stands under no method; write it under one, as in "
+            '["ffa with DP".train]'
+        )
+    return {name: flatten(changes) for name, changes in tree.items()}
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -170,7 +185,7 @@ def compare(
             dp_changes=flatten(read_toml(dp)) if dp else None,
             pooled=pooled,
             methods=_methods(methods),
-            tuned={k: flatten(v) for k, v in read_toml(tuned).items()} if tuned else {},
+            tuned=_tuned(tuned) if tuned else {},
             force=force,
             resume=resume,
         )

@@ -253,3 +253,45 @@ def test_help_is_there_for_every_command(simulate: Command) -> None:
         ended = simulate(command, "--help")
         assert ended.code == 0
         assert "Usage" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--skew", "2"],
+            "department_skew is 2.0; choose 0.0 to 1.0; see --sites, --skew and --seed",
+        ),
+        (["--sites", "99"], "num_sites is 99"),
+        (["--ranks", "0,x"], "--ranks '0,x' are not ranks of 1 or more"),
+    ],
+)
+def test_init_says_what_is_wrong_with_its_options(
+    simulate: Command, tmp_path: Path, words: list[str], said: str
+) -> None:
+    ended = simulate("init", tmp_path / "new", *words)
+    assert ended.code == 2
+    assert said in _said(ended.err)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("tuned", "said"),
+    [
+        ("learning-rate = 3", "learning-rate stands under no method; write it under one"),
+        (
+            "[svdd.train]\nlearning-rate = 3",
+            "nothing that is compared is called svdd; there is svd",
+        ),
+    ],
+)
+def test_compare_says_what_is_wrong_with_what_is_tuned(
+    simulate: Command, scenario: Path, tmp_path: Path, tuned: str, said: str
+) -> None:
+    path = tmp_path / "tuned.toml"
+    path.write_text(tuned)
+    words = ("--methods", "svd", "--tuned", path, "--out", tmp_path / "out")
+    ended = simulate("compare", scenario / "run.toml", *words)
+    assert ended.code == 2
+    assert said in _said(ended.err)
+    assert not (tmp_path / "out").exists()
