@@ -123,8 +123,9 @@ def _load(path: Path, *, shape: AdapterShape) -> Checkpoint:
         if hashlib.sha256(content).hexdigest() != sums[name]:
             raise CheckpointError(f"{name} is not what was saved")
     state = json.loads(contents[_STATE])
-    # Some methods let the adapter grow; its scaling stays that of lora.rank.
-    adapter = from_safetensors(contents[_ADAPTER], shape=replace(shape, rank=int(state["rank"])))
+    # Some methods let the adapter grow; its scaling stays that of lora.rank. Earlier versions say no rank.
+    grown = replace(shape, rank=int(state.get("rank", shape.rank)))
+    adapter = from_safetensors(contents[_ADAPTER], shape=grown)
     if adapter.digest() != state["adapter_digest"]:
         raise CheckpointError("the adapter is not the one that was saved")
     velocity = contents.get(_VELOCITY)

@@ -52,8 +52,9 @@ def merge(
     state = AdapterState(pairs, current.scaling, current.own_scalings)
     if not state.is_finite():
         raise ShapeError(
-            "the merged adapter holds values that are not finite; nothing of this round is kept. Set "
-            "aggregation.max-update-norm, and see update_norm in history.jsonl for what sites send"
+            "the merged adapter holds values that are not finite; nothing of this round is kept. See "
+            "update_norm in history.jsonl for the site that stands out, shut it out (consilium server "
+            "exclude) and continue with --resume"
         )
     return Merged(
         state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -200,3 +201,40 @@ def test_when_all_are_damaged_the_run_does_not_start_over_silently(tmp_path: Pat
     _damage(tmp_path / "round-0002", "cut state")
     with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
         load_latest(tmp_path, shape=SHAPE)
+
+
+def test_an_adapter_that_has_grown_comes_back_with_its_velocity(tmp_path: Path) -> None:
+    grown, velocity = random_adapter(0, rank=5), random_adapter(1, rank=2)
+    checkpoint = Checkpoint(1, grown, {}, velocity=velocity)
+    path = save_checkpoint(tmp_path, checkpoint, keep=1)
+    assert _names(path) == sorted([*FILES, "velocity.safetensors"])
+    found = load_latest(tmp_path, shape=SHAPE)
+    assert found is not None
+    assert found.velocity is not None
+    assert (found.adapter.digest(), found.velocity.digest()) == (grown.digest(), velocity.digest())
+
+
+def test_a_damaged_velocity_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    for server_round in (1, 2):
+        adapter = random_adapter(server_round, rank=2)
+        save_checkpoint(tmp_path, Checkpoint(server_round, adapter, {}, velocity=adapter), keep=0)
+    path = tmp_path / "round-0002" / "velocity.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    found = load_latest(tmp_path, shape=SHAPE)
+    assert found is not None
+    assert found.server_round == 1
+
+
+def test_a_checkpoint_of_before_adapters_could_grow_is_gone_on_from(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, _checkpoint(4), keep=1)
+    state = json.loads((path / "state.json").read_text())
+    del state["rank"]
+    (path / "state.json").write_text(json.dumps(state))
+    sums = [
+        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("adapter.safetensors", "state.json")
+    ]
+    (path / "SHA256SUMS").write_text("".join(sums))
+    found = load_latest(tmp_path, shape=SHAPE)
+    assert found is not None
+    assert found.adapter.digest() == _checkpoint(4).adapter.digest()
