@@ -188,7 +188,8 @@ def compare(
             tuned=_tuned(tuned) if tuned else {},
             force=force,
             resume=resume,
-        )
+        ),
+        if_cut_off="continue with --resume",
     )
 
 
@@ -230,7 +231,8 @@ def demo(
             dp_changes=flatten(read_toml(SCENARIOS / "demo-dp.toml")),
             pooled=False,
             force=force,
-        )
+        ),
+        if_cut_off="begin anew with --force",
     )
 
 
@@ -239,7 +241,7 @@ def _run_name(run_file: Path) -> str:
     return run_file.stem if run_file.stem != "run" else run_file.resolve().parent.name
 
 
-def _compare(comparison: Comparison) -> None:
+def _compare(comparison: Comparison, *, if_cut_off: str) -> None:
     running: list[RunProgress] = []
 
     def watch(arm: Arm, seed: int) -> Listener:
@@ -251,12 +253,17 @@ def _compare(comparison: Comparison) -> None:
         running.append(view.__enter__())
         return view
 
-    with _saved_on_interrupt(comparison.out):
-        try:
-            results = run_comparison(comparison, watch=watch)
-        finally:
-            for view in running:
-                view.__exit__(None, None, None)
+    try:
+        results = run_comparison(comparison, watch=watch)
+    except (KeyboardInterrupt, QuorumError, EngineError):
+        done = len(list(comparison.out.glob("runs/*/*/summary.json")))
+        console.print(
+            f"{done} runs are done in {comparison.out}/runs; {if_cut_off}", soft_wrap=True
+        )
+        raise
+    finally:
+        for view in running:
+            view.__exit__(None, None, None)
     console.print(methods_table(results) if comparison.methods else comparison_table(results))
     console.print(
         f"Wrote {comparison.out}: comparison.csv, comparison.json, runs/ (each with its adapter)",

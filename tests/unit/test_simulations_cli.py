@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import simulations.compare
 from common import cli
 from tests.unit.scenarios import site_names, write_scenario
 
@@ -295,3 +297,22 @@ def test_compare_says_what_is_wrong_with_what_is_tuned(
     assert ended.code == 2
     assert said in _said(ended.err)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_is_cut_off_says_how_to_go_on(
+    simulate: Command, scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, run_one = tmp_path / "out", simulations.compare.run_simulation
+
+    def run_two(*arguments: Any, **named: Any) -> Any:
+        if len(list(out.glob("runs/*/*/summary.json"))) == 2:
+            raise KeyboardInterrupt
+        return run_one(*arguments, **named)
+
+    words = ("compare", scenario / "run.toml", "--methods", "svd,weighted,stack", "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(simulations.compare, "run_simulation", run_two)
+        ended = simulate(*words)
+    assert ended.code == 130
+    assert f"2 runs are done in {out}/runs; continue with --resume" in ended.out
+    assert simulate(*words, "--resume").code == 0
