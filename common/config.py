@@ -239,6 +239,14 @@ class RoundSection(_Section):
     frozen_rank: int = Field(0, ge=0)
 
 
+# What evaluation.metrics may name.
+_METRICS = frozenset({"loss", "generation", "options"})
+
+
+def _names(text: str) -> set[str]:
+    return {name for part in text.split(",") if (name := part.strip())}
+
+
 class EvaluationSection(_Section):
     """Central evaluation; never sent to a site."""
 
@@ -252,9 +260,42 @@ class EvaluationSection(_Section):
     every: int = Field(1, ge=1)
     # Records per forward pass.
     batch_size: int = Field(16, ge=1)
+    # What the finished run is measured by, beside its base: "loss" always, "generation" (exact match, F1,
+    # ROUGE-L, BLEU of greedy answers: slow), "options" (a choice among labels, by likelihood), with commas.
+    metrics: str = "loss"
+    # The options, with commas: "yes,no,maybe"; "" takes the answers that the test records have.
+    labels: str = ""
+    # A column whose groups are measured one by one, or "file"; "" takes `site`, or the files if several.
+    group_by: str = ""
+    # A file of questions that base and result answer side by side; "" takes test records of all groups.
+    questions: str = ""
+    # So many of them; 0 asks none.
+    num_questions: int = Field(5, ge=0)
+    # Tokens of a generated answer. More tells more of long answers and takes longer.
+    max_new_tokens: int = Field(48, ge=1)
+    # Answers are generated for at most so many records, spread over all; 0 takes all.
+    max_generated: int = Field(200, ge=0)
+    # Let the sites count, once, on test records of their own, where their policy allows it: for who has no
+    # public ones. Sums and counts leave them, which no epsilon covers.
+    at_sites: bool = False
     # Evaluations in a row without a lower central loss after which the run stops, which spends less of
     # each site's budget; 0 never stops early. With export.round = "best" it hands out what it stopped for.
     patience: int = Field(0, ge=0)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: str) -> str:
+        unknown = sorted(_names(value) - _METRICS)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(map(repr, unknown))} is none of {', '.join(sorted(_METRICS))}"
+            )
+        return value
+
+    @property
+    def metric_names(self) -> frozenset[str]:
+        """What evaluation.metrics names; "loss" always."""
+        return frozenset(_names(self.metrics) | {"loss"})
 
 
 class ExportSection(_Section):

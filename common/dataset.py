@@ -27,7 +27,8 @@ MAX_SKIPPED_SHARE = 0.1
 class Columns:
     """What a data set calls its columns; `split` is only looked at when a split is asked for.
 
-    patient: tells patients apart; "" where nobody asks. names: hold people's names, for `rewrite`.
+    patient: tells patients apart; "" where nobody asks. names: hold people's names, for `rewrite`. group: by
+    which the coordinator's own records are told apart in tables; "" where nobody asks.
     """
 
     instruction: str = "instruction"
@@ -36,6 +37,7 @@ class Columns:
     split: str = "split"
     patient: str = ""
     names: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,14 @@ class Records:
     """Usable records, and how many were skipped for want of a question, an answer or a patient.
 
     patients: for each patient the places of its records in `prompts`; () unless a column tells them
-    apart. Whose they are is not kept.
+    apart. Whose they are is not kept. groups: what each record's group column says, "" where it has none;
+    () unless one was asked for.
     """
 
     prompts: tuple[Prompt, ...] = field(repr=False)
     num_skipped: int
     patients: tuple[tuple[int, ...], ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -77,6 +81,7 @@ def load_records(
     name = name or str(path)
     prompts: list[Prompt] = []
     patients: dict[str, list[int]] = {}
+    groups: list[str] = []
     skipped = rows = 0
     for row in _rows(path, name):
         rows += 1
@@ -84,12 +89,14 @@ def load_records(
         if split and columns.split in row and row[columns.split] != split:
             continue
         prompt = _prompt(row, columns)
-        patient = _patient(row, columns.patient) if columns.patient else ""
+        patient = _named(row, columns.patient) if columns.patient else ""
         if prompt is None or patient is None:
             skipped += 1
         else:
             if columns.patient:
                 patients.setdefault(patient, []).append(len(prompts))
+            if columns.group:
+                groups.append(_named(row, columns.group) or "")
             prompts.append(
                 prompt
                 if rewrite is None
@@ -111,7 +118,9 @@ def load_records(
         )
     if skipped:
         logger.warning("%s: skipped %d of %d incomplete records", name, skipped, total)
-    return Records(tuple(prompts), skipped, tuple(map(tuple, patients.values())))
+    return Records(
+        tuple(prompts), skipped, tuple(map(tuple, patients.values())), groups=tuple(groups)
+    )
 
 
 def load_rows(path: Path) -> list[dict[str, Any]]:
@@ -150,10 +159,10 @@ def _names(row: Mapping[str, Any], wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(row[column] for column in wanted if isinstance(row[column], str))
 
 
-def _patient(row: Mapping[str, Any], column: str) -> str | None:
-    """Return what tells a row's patient apart, None where there is nothing.
+def _named(row: Mapping[str, Any], column: str) -> str | None:
+    """Return what a column calls a row's patient, or its group; None where there is nothing.
 
-    A number and its text are the same patient: a CSV knows only text.
+    A number and its text are the same name: a CSV knows only text.
     """
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int):

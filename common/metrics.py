@@ -42,13 +42,13 @@ def record_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return (nll * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def token_sums(logits: Tensor, labels: Tensor) -> TokenSums:
-    """Return sums over the answer tokens of a batch (shapes as in `record_losses`)."""
+def token_sums(logits: Tensor, labels: Tensor) -> list[TokenSums]:
+    """Return each record's sums over its answer tokens (shapes as in `record_losses`)."""
     nll, mask = _token_nll(logits, labels)
     hits = (logits[:, :-1].argmax(dim=-1) == labels[:, 1:]) & mask.bool()
-    return TokenSums(
-        nll=float((nll.double() * mask).sum()), correct=int(hits.sum()), tokens=int(mask.sum())
-    )
+    nlls = (nll.double() * mask).sum(dim=1).tolist()
+    correct, tokens = hits.sum(dim=1).tolist(), mask.sum(dim=1).long().tolist()
+    return [TokenSums(*sums) for sums in zip(nlls, correct, tokens, strict=True)]
 
 
 def summarize(parts: Iterable[TokenSums]) -> LanguageMetrics:

@@ -105,17 +105,30 @@ def tokenize(prompt: Prompt, *, tokenizer: Any, template: str, max_length: int) 
     An answer that is too long is cut at its end. A prompt that is too long loses its beginning, but
     keeps half of `max_length` where the answer leaves it no more.
     """
-    text = template.format(instruction=prompt.instruction, input=prompt.input)
-    question = list(tokenizer(text, add_special_tokens=False).input_ids)
+    bos, question = _question(prompt, tokenizer=tokenizer, template=template)
     answer = list(tokenizer(prompt.output, add_special_tokens=False).input_ids)
     if tokenizer.eos_token_id is not None:
         answer.append(tokenizer.eos_token_id)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = max_length - len(bos)
     kept = max(room - len(answer), min(len(question), room // 2))
     question = question[-kept:] if kept else []
     answer = answer[: room - len(question)]
     return Example((*bos, *question, *answer), len(answer))
+
+
+def tokenize_question(
+    prompt: Prompt, *, tokenizer: Any, template: str, max_tokens: int
+) -> tuple[int, ...]:
+    """Return what stands before a record's answer as tokens: [bos] prompt, its last `max_tokens` at most."""
+    bos, question = _question(prompt, tokenizer=tokenizer, template=template)
+    return (*bos, *question[-max(max_tokens - len(bos), 1) :])
+
+
+def _question(prompt: Prompt, *, tokenizer: Any, template: str) -> tuple[list[int], list[int]]:
+    """The ids of [bos], if there is one, and of the filled template."""
+    text = template.format(instruction=prompt.instruction, input=prompt.input)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos, list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def tokenize_all(

@@ -22,11 +22,19 @@ from common.lora import adapter_shape
 from common.metrics import LanguageMetrics
 from common.model import BaseModel, choose_device, load_base
 from common.model_folder import resolve_model
-from common.prompts import Examples, resolve_template
+from common.prompts import Prompt, resolve_template
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
-from server.evaluation import evaluate, load_central_examples
+from server.evaluation import (
+    CentralSet,
+    Evaluation,
+    check_options,
+    compare_with_base,
+    evaluate,
+    load_central_set,
+    pick_questions,
+)
 from server.exclusions import Exclusions
 from server.export import export_adapter
 from server.global_adapter import first_adapter, merge_replies
@@ -52,13 +60,14 @@ logger = logging.getLogger(__name__)
 class PreparedRun:
     """What a run needs loaded; making it checks all that can be wrong before a file is written.
 
-    base: the quantised base model. shape: of the global adapter. examples: the tokenised central test
-    set, None without one.
+    base: the quantised base model. shape: of the global adapter. central: the test records, None without
+    any. questions: that base and result will answer.
     """
 
     base: BaseModel
     shape: AdapterShape
-    examples: Examples | None
+    central: CentralSet | None
+    questions: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,9 @@ def prepare_run(
     )
     shape = adapter_shape(base, config.lora)
     resolve_template(config.data.prompt_template)
-    return PreparedRun(base, shape, load_central_examples(central_files, config, base=base))
+    central = load_central_set(central_files, config, base=base)
+    check_options(central, config)
+    return PreparedRun(base, shape, central, pick_questions(central, config))
 
 
 def run_federation(
@@ -146,7 +157,7 @@ def _note_stop(plan: RunPlan, history: History, code: str, message: str) -> None
 def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     started = time.monotonic()
     config, folder = plan.config, plan.folder
-    base, shape, examples = plan.prepared.base, plan.prepared.shape, plan.prepared.examples
+    base, shape, central = plan.prepared.base, plan.prepared.shape, plan.prepared.central
     context = RunContext(
         uid=folder.run_uid,
         config=config,
@@ -160,11 +171,11 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     )
 
     def measure(adapter: AdapterState | None) -> LanguageMetrics | None:
-        if examples is None:
+        if central is None:
             return None
         return evaluate(
             base,
-            examples,
+            central.examples,
             adapter=adapter,
             lora=config.lora,
             batch_size=config.evaluation.batch_size,
@@ -226,6 +237,9 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         history.record("early-stop", best=summary["best"])
     exported = _adapter_to_export(summary, current, plan)
     export_adapter(exported, folder.adapter, lora=config.lora, base_name=config.model.name)
+    evaluation = _evaluate_result(plan, exported, server_round=summary["exported_round"])
+    if evaluation is not None:
+        evaluation.write(folder.evaluation)
     summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
     folder.write_summary(summary)
     history.record("finished", folder=str(folder.path))
@@ -272,6 +286,32 @@ def _adapter_to_export(summary: Summary, current: AdapterState, plan: RunPlan) -
     summary["central"]["final"] = {key: best[key] for key in best if key != "round"}
     kept = load_round(plan.folder.checkpoints, best["round"], shape=plan.prepared.shape)
     return kept.adapter
+
+
+def _evaluate_result(
+    plan: RunPlan, exported: AdapterState, *, server_round: int
+) -> Evaluation | None:
+    """Measure what is handed out beside its base; None where there is nothing to measure it by."""
+    prepared = plan.prepared
+    if prepared.central is None and not prepared.questions:
+        return None
+    models, answered = compare_with_base(
+        prepared.base,
+        exported,
+        prepared.central,
+        config=plan.config,
+        questions=prepared.questions,
+    )
+    return Evaluation(
+        plan.folder.run_uid,
+        server_round,
+        exported.digest(),
+        prepared.base.digest,
+        0 if prepared.central is None else len(prepared.central),
+        models,
+        "" if prepared.central is None else prepared.central.group_by,
+        answered,
+    )
 
 
 def _note_start(event: str, plan: RunPlan, current: AdapterState, *, done: int) -> None:

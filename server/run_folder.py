@@ -1,6 +1,6 @@
 """The folder that a run writes, and who may write into it.
 
-RUN_DIR/ run.toml  history.jsonl  checkpoints/round-0003/  adapter/  summary.json
+RUN_DIR/ run.toml  history.jsonl  checkpoints/round-0003/  adapter/  summary.json  evaluation.json
 and, while a round goes, incoming/
 """
 
@@ -30,6 +30,7 @@ _OWN = (
     "incoming",
     "adapter",
     "summary.json",
+    "evaluation.json",
     EXCLUSIONS_FILE,
 )
 _LOCK_FILE = ".lock"
@@ -69,6 +70,11 @@ class RunFolder:
     def summary(self) -> Path:
         """The run in numbers."""
         return self.path / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """What was measured of the result, beside its base."""
+        return self.path / "evaluation.json"
 
     @property
     def exclusions(self) -> Path:

@@ -74,6 +74,8 @@ def plan_arms(comparison: Comparison) -> list[Arm]:
         "federation.min-sites": 1,
         "federation.quorum": 0,
         "federation.fraction": 1.0,
+        # Nobody reads what a site's own model answers; each costs seconds.
+        "evaluation.num-questions": 0,
     }
     all_sites = {"federation.min-sites": count}
     arms = [Arm(ALONE, f"{source.name} alone", (source,), one_site) for source in everyone]
@@ -96,6 +98,7 @@ def method_arms(comparison: Comparison) -> Iterator[Arm]:
             **all_sites,
             "privacy.unit": "none",
             "evaluation.every": config.train.rounds,
+            "evaluation.num-questions": 0,
             "aggregation.method": method,
             **comparison.tuned.get(method, {}),
         }

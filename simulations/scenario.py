@@ -57,7 +57,7 @@ def write_synthetic_scenario(
         write_jsonl(records, folder / "sites" / name / "records.jsonl")
         _write_site_toml(folder / "sites" / name, name, max_rank=rank, patient_id="patient")
     write_jsonl(hospitals.central_test, folder / "central.jsonl")
-    return _finish(folder, config, num_sites=len(hospitals.sites))
+    return _finish(folder, config, num_sites=len(hospitals.sites), column="department")
 
 
 def write_own_scenario(
@@ -85,7 +85,8 @@ def write_own_scenario(
         _write_rows(home / "records.jsonl", [rest[index] for index in indices])
         _write_site_toml(home, name, max_rank=rank)
     _write_rows(folder / "central.jsonl", [rows[index] for index in sorted(test)])
-    return _finish(folder, config, num_sites=len(list((folder / "sites").iterdir())))
+    num_sites = len(list((folder / "sites").iterdir()))
+    return _finish(folder, config, num_sites=num_sites, column=data.column)
 
 
 def _cut(rows: Sequence[Mapping[str, Any]], data: OwnData) -> dict[str, Sequence[int]]:
@@ -154,10 +155,11 @@ def _write_site_toml(home: Path, name: str, *, max_rank: int = 0, patient_id: st
     write_atomically(home / SITE_FILE, (text + tomli_w.dumps(tree)).encode())
 
 
-def _finish(folder: Path, config: RunConfig, *, num_sites: int) -> list[Path]:
+def _finish(folder: Path, config: RunConfig, *, num_sites: int, column: str) -> list[Path]:
     changes: dict[str, Scalar] = {
         "federation.min-sites": num_sites,
         "evaluation.central-data": "central.jsonl",
+        "evaluation.group-by": column,
     }
     flat = config.replace(changes).flat()
     del flat["run.uid"]

@@ -35,6 +35,12 @@ def random_adapter(
     )
 
 
+def moved(start: AdapterState, *, by: float) -> AdapterState:
+    """Return an adapter of which every weight of B is larger by so much."""
+    pairs = {name: LoraPair(pair.A, pair.B + np.float32(by)) for name, pair in start.pairs.items()}
+    return AdapterState(pairs, start.scaling)
+
+
 def in_memory(source: FactorSource) -> AdapterState:
     """Return an adapter, wherever it lies, as a state; every module's scaling is its own."""
     own = {module: source.scaling_of(module) for module in source.modules}

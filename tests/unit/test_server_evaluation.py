@@ -16,7 +16,16 @@ from common.errors import DataError
 from common.lora import initial_adapter
 from common.model import BaseModel, load_base
 from common.prompts import Examples
-from server.evaluation import central_files, evaluate, load_central_examples
+from server.evaluation import (
+    central_files,
+    compare_with_base,
+    evaluate,
+    load_central_examples,
+    load_central_set,
+    pick_questions,
+    planned_passes,
+)
+from tests.unit.adapters import moved
 
 CONFIG = RunConfig.parse({"lora.rank": 4, "lora.alpha": 8.0, "data.prompt-template": "question"})
 
@@ -43,9 +52,7 @@ def _examples(tmp_path: Path, base: BaseModel, **settings: object) -> Examples:
 
 
 def _moved(base: BaseModel) -> AdapterState:
-    start = initial_adapter(base, CONFIG.lora, seed=0)
-    pairs = {n: LoraPair(p.A, p.B + 0.05) for n, p in start.pairs.items()}
-    return AdapterState(pairs, start.scaling)
+    return moved(initial_adapter(base, CONFIG.lora, seed=0), by=0.05)
 
 
 def test_no_central_data_evaluates_nothing(base: BaseModel) -> None:
@@ -179,3 +186,89 @@ def test_every_answer_token_weighs_the_same(tmp_path: Path, base: BaseModel) -> 
     whole = evaluate(base, examples, adapter=None, lora=CONFIG.lora, batch_size=5).loss
     expected = sum(n * loss for n, loss in zip(tokens, parts, strict=True)) / sum(tokens)
     assert whole == pytest.approx(expected, abs=1e-5)
+
+
+def test_groups_are_the_column_the_files_or_none(tmp_path: Path, base: BaseModel) -> None:
+    rows = [{"instruction": "x", "output": "y", "site": site, "kind": 7} for site in "bab"]
+    one = _rows(tmp_path / "one.jsonl", rows)
+    two = _rows(tmp_path / "two.jsonl", [{"instruction": "x", "output": "y"}])
+
+    def groups(*files: Path, by: str = "") -> tuple[tuple[str, ...], str]:
+        central = load_central_set(files, CONFIG.replace({"evaluation.group-by": by}), base=base)
+        assert central is not None
+        return central.groups, central.group_by
+
+    assert groups(one) == (("b", "a", "b"), "site")
+    # One group is none; where not every record has a site, files tell them apart.
+    assert groups(one, by="kind") == ((), "")
+    assert groups(one, two) == (("one", "one", "one", "two"), "file")
+    assert groups(one, by="file") == ((), "")
+    with pytest.raises(DataError, match="1 of 4 test records have no such column"):
+        groups(one, two, by="site")
+
+
+def test_groups_are_measured_as_if_each_were_alone(tmp_path: Path, base: BaseModel) -> None:
+    files = [_write(tmp_path / "a.jsonl", count=3), _write(tmp_path / "b.jsonl", count=5)]
+    central = load_central_set(files, CONFIG, base=base)
+    assert central is not None
+    models, questions = compare_with_base(
+        base, _moved(base), central, config=CONFIG, questions=pick_questions(central, CONFIG)
+    )
+    assert models is not None
+    untouched, result = models
+    for path, before, after in zip(files, untouched.groups, result.groups, strict=True):
+        alone = load_central_examples([path], CONFIG, base=base)
+        assert alone is not None
+        assert (before.group, before.records) == (path.stem, len(alone))
+        for found, adapter in ((before, None), (after, _moved(base))):
+            expected = evaluate(base, alone, adapter=adapter, lora=CONFIG.lora, batch_size=2)
+            assert found.metrics.loss == pytest.approx(expected.loss, abs=1e-5)
+    worst = max(result.groups, key=lambda one: one.metrics.loss)
+    assert result.worst_group == worst.group
+    # Of a0 a1 a2 b0 ... b4, five at even distances: a0 a1 b0 b1 b3.
+    lengths = [len(one.question) for one in questions]
+    assert lengths == [1, 4, 1, 4, 10]
+    assert all(one.base != one.final for one in questions)
+
+
+def test_questions_of_ones_own_are_asked_without_any_test_record(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    path = _rows(tmp_path / "q.jsonl", [{"instruction": "Why?", "input": "Fever", "output": "Flu"}])
+    config = CONFIG.replace({"evaluation.questions": str(path)})
+    questions = pick_questions(None, config)
+    models, answered = compare_with_base(
+        base, _moved(base), None, config=config, questions=questions
+    )
+    assert models is None
+    assert [(one.question, one.reference) for one in answered] == [("Why?\nFever", "Flu")]
+    assert pick_questions(None, config.replace({"evaluation.num-questions": 0})) == ()
+
+
+def test_progress_reaches_what_was_planned(tmp_path: Path, base: BaseModel) -> None:
+    config = CONFIG.replace(
+        {
+            "evaluation.metrics": "generation, options",
+            "evaluation.max-generated": 3,
+            "evaluation.max-new-tokens": 2,
+            "evaluation.labels": "y,yy,yyy,yyyy,yyyyy",
+        }
+    )
+    central = load_central_set([_write(tmp_path / "a.jsonl")], config, base=base)
+    assert central is not None
+    questions = pick_questions(central, config)
+    done: list[int] = []
+    models, _ = compare_with_base(
+        base, _moved(base), central, config=config, questions=questions, on_batch=done.append
+    )
+    assert sum(done) == planned_passes(central, config, questions=len(questions))
+    assert models is not None
+    generation, options = models[1].generation, models[1].options
+    assert generation is not None
+    assert options is not None
+    assert (generation.records, options.records) == (3, 5)
+
+
+def _rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

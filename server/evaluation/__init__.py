@@ -1,0 +1,32 @@
+"""How good a model is: measured on the coordinator's own records, or counted at the sites.
+
+central.py reads the test records; language.py, text_metrics.py and options.py each measure one thing;
+compare.py puts a result beside its untouched base; results.py is what comes out, and evaluation.json.
+"""
+
+from server.evaluation.central import (
+    CentralSet,
+    central_files,
+    load_central_examples,
+    load_central_set,
+)
+from server.evaluation.compare import compare_with_base, pick_questions, planned_passes
+from server.evaluation.language import evaluate, evaluate_model
+from server.evaluation.options import check_options
+from server.evaluation.results import AtSites, Evaluation, SiteSums
+
+__all__ = [
+    "AtSites",
+    "CentralSet",
+    "Evaluation",
+    "SiteSums",
+    "central_files",
+    "check_options",
+    "compare_with_base",
+    "evaluate",
+    "evaluate_model",
+    "load_central_examples",
+    "load_central_set",
+    "pick_questions",
+    "planned_passes",
+]

@@ -1,0 +1,82 @@
+"""Greedy answers of a model to prompts, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import RunConfig
+from common.model import BaseModel
+from common.prompts import Prompt, resolve_template, tokenize_question
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: nn.Module,
+    base: BaseModel,
+    prompts: Sequence[Prompt],
+    *,
+    config: RunConfig,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> tuple[str, ...]:
+    """Return the likeliest next tokens after each prompt, as text, at most evaluation.max-new-tokens of them.
+
+    model: on `base`'s device and tokenizer. on_batch: is told how many prompts each batch held.
+    The prompt keeps what data.max-length leaves beside the answer, but at least half of it.
+    """
+    model.eval()
+    settings = config.evaluation
+    room = config.data.max_length - settings.max_new_tokens
+    template = resolve_template(config.data.prompt_template)
+    questions = [
+        tokenize_question(
+            prompt,
+            tokenizer=base.tokenizer,
+            template=template,
+            max_tokens=max(room, config.data.max_length // 2),
+        )
+        for prompt in prompts
+    ]
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(questions[i]))
+    for start in range(0, len(order), settings.batch_size):
+        places = order[start : start + settings.batch_size]
+        new = _continue(model, base, [questions[i] for i in places], settings.max_new_tokens)
+        for place, ids in zip(places, new, strict=True):
+            text: str = base.tokenizer.decode(ids, skip_special_tokens=True)
+            answers[place] = text.strip()
+        on_batch(len(places))
+    return tuple(answers)
+
+
+def _continue(
+    model: Any, base: BaseModel, questions: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> list[list[int]]:
+    """The new tokens after each question, up to the end of text."""
+    # On the left, so that what is new begins in one column.
+    length = max(map(len, questions))
+    ids = torch.full((len(questions), length), base.pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(questions):
+        ids[row, length - len(question) :] = torch.tensor(question, dtype=torch.int64)
+        mask[row, length - len(question) :] = 1
+    output = model.generate(
+        input_ids=ids.to(base.device),
+        attention_mask=mask.to(base.device),
+        max_new_tokens=max_new_tokens,
+        # What a model folder says of sampling must not make two evaluations differ.
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=base.pad_id,
+        eos_token_id=base.tokenizer.eos_token_id,
+    )
+    end = base.tokenizer.eos_token_id
+    new: list[list[int]] = output[:, length:].tolist()
+    return [row[: row.index(end)] if end in row else row for row in new]
