@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 
@@ -115,8 +116,8 @@ class SyntheticRecord:
 class SyntheticHospitals:
     """Hold each site's records by site name, and a test set that no site holds.
 
-    central_test: as many records of each department as of any other (give or take one), about
-    patients who exist at no site.
+    central_test: as many records of each department as of any other (give or take one), by turns, so that
+    its first records are a test set too; about patients who exist at no site.
     """
 
     sites: Mapping[str, tuple[SyntheticRecord, ...]]
@@ -323,16 +324,17 @@ def _patient_records(
 def _central_test(
     rng: np.random.Generator, spec: SyntheticSpec, people: Iterator[Person]
 ) -> tuple[SyntheticRecord, ...]:
-    records: list[SyntheticRecord] = []
-    patients = 0
+    by_department: list[list[SyntheticRecord]] = []
+    patients = written = 0
     for index, department in enumerate(DEPARTMENTS):
+        records: list[SyntheticRecord] = []
         left = (spec.test_records + len(DEPARTMENTS) - 1 - index) // len(DEPARTMENTS)
         while left > 0:
             visits = _patient_records(
                 rng,
                 person=next(people),
                 patient=f"test-p{patients:05d}",
-                first_record=len(records),
+                first_record=written + len(records),
                 site="test",
                 department=department,
                 num_records=min(left, _draw_num_records(rng, spec)),
@@ -340,4 +342,7 @@ def _central_test(
             records += visits
             left -= len(visits)
             patients += 1
-    return tuple(records)
+        written += len(records)
+        by_department.append(records)
+    turns = zip_longest(*by_department)
+    return tuple(record for turn in turns for record in turn if record is not None)

@@ -103,6 +103,7 @@ def test_run_writes_its_folder(plain: Path) -> None:
         "checkpoints",
         "adapter",
         "summary.json",
+        "evaluation.json",
         "simulation",
         ".lock",
     }

@@ -118,6 +118,8 @@ def test_central_test_is_balanced_and_shares_no_patient_with_a_site(
 ) -> None:
     counts = Counter(record.department for record in hospitals.central_test)
     assert counts == {department.name: 40 for department in DEPARTMENTS}
+    first = [record.department for record in hospitals.central_test[: len(DEPARTMENTS)]]
+    assert first == [department.name for department in DEPARTMENTS]
     at_sites: set[str] = set()
     for records in hospitals.sites.values():
         for record in records:
