@@ -43,6 +43,12 @@ def train(message: Message, context: Context) -> Message:
     return _relay(message, context)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Relay an `evaluate` task."""
+    return _relay(message, context)
+
+
 def _relay(message: Message, context: Context) -> Message:
     try:
         reply = _ask(context, envelope_of(message))

@@ -44,17 +44,20 @@ class ExampleStore:
         self._config = config
         self._kept: tuple[tuple[str, int, str, str, bool, int], LocalExamples] | None = None
 
-    def load(self, base: BaseModel, run: RunConfig) -> LocalExamples:
-        """Return the records as tokens of `base`. Raises DataError without a word of any record."""
+    def load(self, base: BaseModel, run: RunConfig, *, test_split: str = "") -> LocalExamples:
+        """Return the records as tokens of `base`. Raises DataError without a word of any record.
+
+        test_split: of this split in place of the run's, which every record must then name.
+        """
         data = run.data
-        by_patient = run.privacy.unit == "patient"
+        by_patient = run.privacy.unit == "patient" and not test_split
         key = (
-            data.prompt_template, data.max_length, data.split, base.digest, by_patient,
+            data.prompt_template, data.max_length, test_split or data.split, base.digest, by_patient,
             self._modified_ns(),
         )  # fmt: skip
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        loaded = self._read(base, run, by_patient=by_patient)
+        loaded = self._read(base, run, by_patient=by_patient, test_split=test_split)
         self._kept = (key, loaded)
         return loaded
 
@@ -62,13 +65,16 @@ class ExampleStore:
         """Let the records leave the memory."""
         self._kept = None
 
-    def _read(self, base: BaseModel, run: RunConfig, *, by_patient: bool) -> LocalExamples:
+    def _read(
+        self, base: BaseModel, run: RunConfig, *, by_patient: bool, test_split: str
+    ) -> LocalExamples:
         own = self._config.data
         scrubber = Scrubber(own.scrub) if own.scrub else None
         records = load_records(
             self._config.data_path,
             columns=columns_of(own, by_patient=by_patient),
-            split=run.data.split,
+            split=test_split or run.data.split,
+            split_required=bool(test_split),
             rewrite=scrubber.scrub if scrubber is not None else None,
             # Not its path: a file's name may be a patient's.
             name="data.path",

@@ -57,7 +57,7 @@ class Gate:
         self._withdrawals.check(signer)
         run = check_task(task, site=self._config)
         self._owners.check(task.run_uid, signer)
-        if task.kind == "train":
+        if task.kind != "describe":
             self._check_not_restored(task)
         plan = plan_task(task, run, site=self._config, ledger=self._ledger)
         if self._config.policy.approval == "ask":

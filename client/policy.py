@@ -32,6 +32,7 @@ def check_task(task: Task, *, site: SiteConfig) -> RunConfig:
     resolve_template(run.data.prompt_template)
     refusals = [
         *_round(task, run),
+        *_evaluation(task, site),
         *_model(task, run, site),
         *_adapter(task, run, site),
         *_work(run, site),
@@ -61,6 +62,14 @@ def _round(task: Task, run: RunConfig) -> Iterator[str]:
     first, last = (0, 0) if task.kind == "describe" else (1, run.train.rounds)
     if not first <= task.server_round <= last:
         yield f"round {task.server_round} does not exist: a {task.kind} has rounds {first} to {last}"
+
+
+def _evaluation(task: Task, site: SiteConfig) -> Iterator[str]:
+    if task.kind == "evaluate" and "evaluation" not in site.policy.release_metrics:
+        yield (
+            f"policy.release-metrics = {list(site.policy.release_metrics)}: the task asks for sums over the "
+            'test records, which "evaluation" there would allow'
+        )
 
 
 def _model(task: Task, run: RunConfig, site: SiteConfig) -> Iterator[str]:

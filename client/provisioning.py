@@ -41,7 +41,7 @@ max-epsilon = 8.0            # for the data set's whole life, over all runs and 
 max-delta = 1e-5
 require-dp = true
 approval = "ask"             # every run waits for `consilium client approve RUN`; or "auto"
-release-metrics = []         # "train-loss" and "train-seconds" are outside epsilon
+release-metrics = []         # "train-loss", "train-seconds" and "evaluation" are outside epsilon
 allowed-models = [
 {models}
 ]

@@ -5,7 +5,7 @@ agent and in a simulation, where a site is a folder laid out exactly like a hosp
 
     site.toml  keys/signing.pem  (and the data, where site.toml says)
     state/  ledger.sqlite  audit.jsonl  seen.json  speed.json  outbox/  approvals/
-           manifests/  run-owners/  turn.lock  waiting/
+           manifests/  run-owners/  evaluations/  turn.lock  waiting/
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from client.approvals import Approvals
 from client.cost import RunCost, Speeds
+from client.evaluator import Evaluator
 from client.examples import LocalExamples
 from client.gate import Gate
 from client.ledger import Ledger, Settlement
@@ -102,6 +103,14 @@ class Site:
             approvals=self.approvals,
             speeds=speeds,
         )
+        self._evaluator = Evaluator(
+            config,
+            gate=self._gate,
+            ledger=self.ledger,
+            audit=self.audit,
+            turn=self._turn,
+            folder=state / "evaluations",
+        )
         self._one_output = OneOutput(
             config,
             gate=self._gate,
@@ -137,6 +146,11 @@ class Site:
             check_run_uid(task.run_uid)
             if task.kind == "describe":
                 return self._replies.seal(task, self._describe(task, signer))
+            if task.kind == "evaluate":
+                counted = self._evaluator.count(
+                    task, envelope.adapter, signer, ends_s=ends_s, caller=caller
+                )
+                return self._replies.seal(task, counted)
             trained = self._one_output.of(
                 task, envelope.adapter, signer, ends_s=ends_s, caller=caller
             )
@@ -171,7 +185,7 @@ class Site:
             self.refusals.note(envelope.payload, error)
             raise
         self.refusals.close_minute()
-        if task.kind == "train":
+        if task.kind != "describe":
             self._turn.require_free(task, caller)
         return task, signer
 
@@ -225,6 +239,7 @@ class Site:
     def release_base(self) -> None:
         """Let base model and records leave the memory; the next task brings them back."""
         self._workbench.release()
+        self._evaluator.release()
 
     def lag(self, receipt: bytes) -> Lag:
         """Return how far ledger and log stand behind the coordinator's receipt. Raises as `settle` does."""

@@ -52,6 +52,9 @@ class DataSection(TomlSection):
     unit: Literal["record", "patient"] = "record"
     # The column that tells patients apart; needed for unit "patient". It never leaves the loader.
     patient_id: str = ""
+    # The rows of this split, never trained on, are what a coordinator may have counted (release-metrics
+    # "evaluation"). The site says which they are, no task does.
+    evaluation_split: str = "test"
     # The delta at which this data set's lifetime epsilon is counted.
     delta: float = Field(1e-5, gt=0, lt=1)
     # Direct identifiers that are replaced while records are read.
@@ -114,8 +117,10 @@ class PolicySection(TomlSection):
     # which spares people and leaves the decision to the lines above.
     approval: Literal["auto", "ask"] = "auto"
     # Numbers that may leave beside the adapter. "train-loss" is outside epsilon: it speaks of the
-    # records themselves.
-    release_metrics: tuple[Literal["train-loss", "train-seconds"], ...] = ()
+    # records themselves. So does "evaluation": sums of losses and counts over the test records, once a run.
+    release_metrics: tuple[Literal["train-loss", "train-seconds", "evaluation"], ...] = ()
+    # Fewer test records are not counted for anybody: the sum of a few is nearly one record's own.
+    min_evaluation_records: int = Field(50, ge=1)
     # Significant digits of every number of `release-metrics` that leaves: fewer say less of a record.
     metric_digits: int = Field(3, ge=1, le=17)
     # Euclidean norm of all tensors of an outgoing adapter together. A trained one is far below it; one

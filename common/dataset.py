@@ -63,13 +63,15 @@ def load_records(
     *,
     columns: Columns,
     split: str = "",
+    split_required: bool = False,
     max_records: int = 0,
     rewrite: Callable[[str, Sequence[str]], str] | None = None,
     name: str = "",
 ) -> Records:
     """Return the usable records of a JSONL, CSV or Parquet file.
 
-    split: only rows whose split column equals it; rows without that column are all used.
+    split: only rows whose split column equals it; rows without that column are all used, unless
+    split_required: then they are an error, since nothing tells what they are for.
     max_records: the first so many usable rows; 0 takes all.
     columns: what this data set calls its columns. rewrite: is given each record's instruction, input
     and output beside its people's names, and returns what stands in its place.
@@ -86,6 +88,11 @@ def load_records(
     for row in _rows(path, name):
         rows += 1
         _check_columns(row, columns.names, name)
+        if split_required and columns.split not in row:
+            raise DataError(
+                f"a record of {name} has no column {columns.split!r}, so that records to train on and to "
+                "test with cannot be told apart; add that column"
+            )
         if split and columns.split in row and row[columns.split] != split:
             continue
         prompt = _prompt(row, columns)

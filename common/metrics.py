@@ -21,6 +21,16 @@ class TokenSums:
     correct: int = 0
     tokens: int = 0
 
+    @classmethod
+    def total(cls, parts: Iterable[TokenSums]) -> TokenSums:
+        """Return the sums of all parts together."""
+        items = list(parts)
+        return cls(
+            math.fsum(item.nll for item in items),
+            sum(item.correct for item in items),
+            sum(item.tokens for item in items),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LanguageMetrics:
@@ -53,13 +63,12 @@ def token_sums(logits: Tensor, labels: Tensor) -> list[TokenSums]:
 
 def summarize(parts: Iterable[TokenSums]) -> LanguageMetrics:
     """Return the metrics of all parts together; NaN when there is no answer token."""
-    items = list(parts)
-    tokens = sum(item.tokens for item in items)
-    if tokens == 0:
+    total = TokenSums.total(parts)
+    if total.tokens == 0:
         return LanguageMetrics(math.nan, math.nan, math.nan)
-    loss = sum(item.nll for item in items) / tokens
+    loss = total.nll / total.tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return LanguageMetrics(loss, perplexity, sum(item.correct for item in items) / tokens)
+    return LanguageMetrics(loss, perplexity, total.correct / total.tokens)
 
 
 def _token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

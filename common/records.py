@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -33,9 +33,10 @@ from common.files import Buffer, is_disk_full
 from common.signing import REPLY_DOMAIN, TASK_DOMAIN, SigningKey, verify, verify_any
 
 # Raised whenever a field or its meaning changes; a site refuses any other and says so in words.
-PROTOCOL = 3
+PROTOCOL = 4
 
-TaskKind = Literal["describe", "train"]
+TaskKind = Literal["describe", "train", "evaluate"]
+TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 # Wire keys.
 _ENVELOPE = "envelope"
@@ -60,6 +61,8 @@ class SiteHeads:
 class Task:
     """What the coordinator asks of one site, once.
 
+    kind: "describe" asks who it is, "train" for an update of the adapter that comes with it, "evaluate" for
+    sums over the site's own test records, with that adapter and without.
     site: whom it is for; "" in a `describe`, which is sent before names are known.
     server_round: 1 up; 0 in a `describe`. attempt: 1 up, counts retries of a round.
     expires_at: Unix seconds. base_digest, adapter_digest: SHA-256 hex of the base model and of the
@@ -184,9 +187,9 @@ def open_task(envelope: Envelope, *, public_keys: Sequence[str], site: str) -> T
     """
     verify_any(envelope.payload, envelope.signature, domain=TASK_DOMAIN, public_keys=public_keys)
     task = _parse(envelope.payload, Task)
-    if task.kind not in ("describe", "train"):
-        raise ProtocolError(f"task kind {task.kind!r} is none of 'describe', 'train'")
-    if task.kind == "train" and task.site != site:
+    if task.kind not in TASK_KINDS:
+        raise ProtocolError(f"task kind {task.kind!r} is none of {', '.join(TASK_KINDS)}")
+    if task.kind != "describe" and task.site != site:
         raise ProtocolError(f"the task is for site {task.site!r}, and this is {site!r}")
     return task
 

@@ -10,8 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.launch import load_launch
+from server.prepared_run import prepare_run
 from server.roster import Roster
-from server.run import RunPlan, prepare_run, run_federation
+from server.run import RunPlan, run_federation
 from server.run_folder import open_run_folder
 
 # Each may hold one adapter in memory.

@@ -24,7 +24,11 @@ from common.records import Envelope, Task, to_records
 
 logger = logging.getLogger(__name__)
 
-_MESSAGE_TYPES = {"describe": MessageType.QUERY, "train": MessageType.TRAIN}
+_MESSAGE_TYPES = {
+    "describe": MessageType.QUERY,
+    "train": MessageType.TRAIN,
+    "evaluate": MessageType.EVALUATE,
+}
 # The pause between two looks: a share of the time waited so far, so that a short round is not made longer by
 # it, nor the SuperLink kept busy in a long one.
 _POLL_S, _MAX_POLL_S = 0.2, 2.0

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.adapter import AdapterShape, AdapterState
-from common.config import Scalar
 from common.errors import ScreeningError
 from common.records import Envelope, Task, seal_task
-from server.aggregation import METHODS, leading_ranks
+from server.aggregation import METHODS
 from server.gathering import Member
 from server.incoming import drop_update, keep_update
 from server.messenger import Answer, Messenger
+from server.portions import Portions
 from server.roster import RosterEntry
 from server.run_context import RunContext
 from server.screening import (
@@ -73,14 +73,13 @@ class OpenRound:
         self.refused: dict[str, str] = {}
         self._messenger = messenger
         self._run = run
-        self._current = current
-        self._shape = shape
         self._round = server_round
         self._method = METHODS[run.config.aggregation.method]
+        self._portions = Portions(
+            current, shape=shape, lora=run.config.lora, sends_all=self._method.sends_all
+        )
         self._started = time.monotonic()
         self._bytes_down = self._bytes_up = 0
-        # By the rank that is trained and the rank that is sent: what those who hold it are sent.
-        self._cuts: dict[tuple[int, int], tuple[AdapterState, bytes, str]] = {}
         self._members: dict[str, Member] = {}
         self._times_asked: Counter[str] = Counter()
         # Whose answer this attempt still waits for.
@@ -133,7 +132,7 @@ class OpenRound:
         tasks = {}
         for member in members:
             self._times_asked[member.site] += 1
-            _, data, digest = self._cut(member)
+            portion = self._portions.of(member)
             expires_s = max(0.0, self._attempt_ends_s - time.monotonic()) + time.time()
             task = Task(
                 kind="train",
@@ -143,28 +142,23 @@ class OpenRound:
                 attempt=self._times_asked[member.site],
                 expires_at=int(expires_s) + 1,
                 base_digest=self._run.base_digest,
-                adapter_digest=digest,
-                config={**self._run.config.for_sites(), **self._asked_of(member)},
+                adapter_digest=portion.digest,
+                config={
+                    **self._run.config.for_sites(),
+                    **portion.settings(),
+                    "round.trained-factors": self._method.trained(self._round),
+                },
                 seen=seen.get(member.site),
                 audit_head=self._run.audit.head(),
             )
             # Before it leaves: a task that nobody wrote down would be one that nobody sent.
             self._run.audit.task_sent(task, declared_size=member.declared_size)
-            tasks[member.node_id] = (task, seal_task(task, self._run.key, adapter=data))
+            tasks[member.node_id] = (task, seal_task(task, self._run.key, adapter=portion.data))
             self._waiting.add(member.site)
             self._enrolled[member.site] = roster.get(member.site)
         self._bytes_down += sum(envelope.size_bytes for _, envelope in tasks.values())
         # Longer than anybody waits, so that what is late can be named.
         self._messenger.send(tasks, ttl_s=2 * self._run.config.federation.deadline_s + 60)
-
-    def _asked_of(self, member: Member) -> dict[str, Scalar]:
-        """What this round sets in a site's task (common.config.SET_BY_ROUND)."""
-        frozen_rank = self._cut(member)[0].rank - member.rank
-        return {
-            "lora.rank": member.rank,
-            "round.trained-factors": self._method.trained(self._round),
-            "round.frozen-rank": frozen_rank,
-        }
 
     def _take(self, answer: Answer) -> str:
         """Take in one answer and return why it was refused, "" when it was not."""
@@ -213,13 +207,13 @@ class OpenRound:
         reply = verified_reply(envelope, task=task, site=task.site, roster=roster)
         self._run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
         member = self._members[task.site]
-        shape = self._shape.at_rank(member.rank, lora=self._run.config.lora)
+        shape = self._portions.shape_for(member)
         update = screen_update(
             reply,
             envelope.adapter,
             task=task,
             shape=shape,
-            sent=self._cut(member)[0],
+            sent=self._portions.of(member).state,
             max_norm=self._run.config.aggregation.max_update_norm,
             by_factors=self._method.averages_factors,
         )
@@ -253,18 +247,6 @@ class OpenRound:
         self._run.history.record("refused", **place)
         attempt = attempt or self._times_asked[site]
         self._run.audit.note("refused", run=self._run.uid, attempt=attempt, **place)
-
-    def _cut(self, member: Member) -> tuple[AdapterState, bytes, str]:
-        """What a site is sent: as a state, as bytes, and its digest."""
-        held = min(self._current.rank, member.max_rank) if self._method.sends_all else member.rank
-        key = member.rank, held
-        if key not in self._cuts:
-            shape = self._shape.at_rank(member.rank, lora=self._run.config.lora)
-            cut = leading_ranks(
-                self._current, rank=held, scaling=shape.scaling, own_scalings=shape.own_scalings
-            )
-            self._cuts[key] = (cut, cut.to_safetensors(), cut.digest())
-        return self._cuts[key]
 
 
 def _keys(entry: RosterEntry | None) -> tuple[str, str] | None:

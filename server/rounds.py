@@ -17,13 +17,16 @@ from flwr.serverapp import Grid
 from common.adapter import AdapterShape, AdapterState
 from common.errors import QuorumError
 from common.seeding import derive_seed
+from server.evaluation import AtSites
 from server.gathering import Gathering, Member
 from server.messenger import Messenger, Sent
 from server.open_round import OpenRound, RoundReplies
+from server.portions import Portions
 from server.run_context import RunContext
 from server.screening import (
     AWAITS_APPROVAL,
 )
+from server.site_evaluation import evaluate_at_sites
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,18 @@ class Federation:
             missing = {going.refused.get(site) for site in sites} - {None, AWAITS_APPROVAL}
             pause_s = min(_PAUSE_S * 2 ** (attempt - 1), _MAX_PAUSE_S) if missing else 0.0
             time.sleep(max(0.0, attempt_started + pause_s - time.monotonic()))
+
+    def evaluate_at_sites(self, adapter: AdapterState, *, server_round: int) -> AtSites:
+        """Return what the sites that are there count for an adapter on test records of their own.
+
+        server_round: that made it. Raises QuorumError when fewer than min-sites are there.
+        """
+        self._note_shut_out()
+        lora = self._run.config.lora
+        portions = Portions(adapter, shape=self._shape, lora=lora, sends_all=True)
+        return evaluate_at_sites(
+            self._messenger, self._run, self.gather(), portions, server_round=server_round
+        )
 
     def _note_late(self, sent: Sent) -> None:
         task = sent.task

@@ -5,41 +5,32 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
-from common.adapter import AdapterShape, AdapterState
+from common.adapter import AdapterState
 from common.audit_log import read_audit_log
 from common.canonical import canonical_json
 from common.config import RunConfig
 from common.errors import CheckpointError, ConsiliumError, DiskError
 from common.files import is_disk_full
-from common.lora import adapter_shape
 from common.metrics import LanguageMetrics
-from common.model import BaseModel, choose_device, load_base
-from common.model_folder import resolve_model
-from common.prompts import Prompt, resolve_template
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
-from server.evaluation import (
-    CentralSet,
-    Evaluation,
-    check_options,
-    compare_with_base,
-    evaluate,
-    load_central_set,
-    pick_questions,
-)
+from server.evaluation import evaluate
 from server.exclusions import Exclusions
 from server.export import export_adapter
 from server.global_adapter import first_adapter, merge_replies
 from server.history import History, Listener, read_events
 from server.incoming import empty_incoming, incoming_folder
+from server.prepared_run import PreparedRun
+from server.result import evaluate_result, evaluated_at_sites
 from server.roster import LiveRoster, Roster
 from server.rounds import Federation
 from server.run_context import RunContext
@@ -54,20 +45,6 @@ from server.summary import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRun:
-    """What a run needs loaded; making it checks all that can be wrong before a file is written.
-
-    base: the quantised base model. shape: of the global adapter. central: the test records, None without
-    any. questions: that base and result will answer.
-    """
-
-    base: BaseModel
-    shape: AdapterShape
-    central: CentralSet | None
-    questions: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +66,6 @@ class RunPlan:
     resume: bool = False
     pull_threads: int = 0
     roster_file: Path | None = None
-
-
-def prepare_run(
-    config: RunConfig, *, models: Mapping[str, Path], central_files: Sequence[Path] = ()
-) -> PreparedRun:
-    """Load and check the base model, the LoRA setting and the central test set.
-
-    models: model.name -> folder. central_files: records for central evaluation, [] for none.
-    Raises ModelError, ConfigError or DataError.
-    """
-    base = load_base(
-        resolve_model(config.model, known=models, hub=True), config.model, device=choose_device()
-    )
-    shape = adapter_shape(base, config.lora)
-    resolve_template(config.data.prompt_template)
-    central = load_central_set(central_files, config, base=base)
-    check_options(central, config)
-    return PreparedRun(base, shape, central, pick_questions(central, config))
 
 
 def run_federation(
@@ -237,9 +196,14 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         history.record("early-stop", best=summary["best"])
     exported = _adapter_to_export(summary, current, plan)
     export_adapter(exported, folder.adapter, lora=config.lora, base_name=config.model.name)
-    evaluation = _evaluate_result(plan, exported, server_round=summary["exported_round"])
-    if evaluation is not None:
-        evaluation.write(folder.evaluation)
+    evaluate_result(
+        plan.prepared,
+        exported,
+        config=config,
+        run_uid=folder.run_uid,
+        server_round=summary["exported_round"],
+        at_sites=partial(evaluated_at_sites, federation, history),
+    ).write(folder.evaluation)
     summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
     folder.write_summary(summary)
     history.record("finished", folder=str(folder.path))
@@ -286,32 +250,6 @@ def _adapter_to_export(summary: Summary, current: AdapterState, plan: RunPlan) -
     summary["central"]["final"] = {key: best[key] for key in best if key != "round"}
     kept = load_round(plan.folder.checkpoints, best["round"], shape=plan.prepared.shape)
     return kept.adapter
-
-
-def _evaluate_result(
-    plan: RunPlan, exported: AdapterState, *, server_round: int
-) -> Evaluation | None:
-    """Measure what is handed out beside its base; None where there is nothing to measure it by."""
-    prepared = plan.prepared
-    if prepared.central is None and not prepared.questions:
-        return None
-    models, answered = compare_with_base(
-        prepared.base,
-        exported,
-        prepared.central,
-        config=plan.config,
-        questions=prepared.questions,
-    )
-    return Evaluation(
-        plan.folder.run_uid,
-        server_round,
-        exported.digest(),
-        prepared.base.digest,
-        0 if prepared.central is None else len(prepared.central),
-        models,
-        "" if prepared.central is None else prepared.central.group_by,
-        answered,
-    )
 
 
 def _note_start(event: str, plan: RunPlan, current: AdapterState, *, done: int) -> None:

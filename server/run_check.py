@@ -12,7 +12,7 @@ from common.errors import ConfigError, ConsiliumError
 from common.model_folder import digest_model, resolve_model
 from common.privacy import calibrate_noise, public_sample_rate
 from server.evaluation import central_files
-from server.run import PreparedRun, prepare_run
+from server.prepared_run import PreparedRun, prepare_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,8 @@ def compare_with_base(
 
     on_batch: is told how many records each batch held; see `planned_passes`. Raises DataError.
     """
+    if central is None and not questions:
+        return None, ()
     results, answers = [], []
     for state in (None, adapter):
         with lent_model(base, config.lora, state) as model:

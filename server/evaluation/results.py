@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ class AtSites:
         every = list(self.sites.values())
         together = SiteSums(
             sum(one.records for one in every),
-            _added(one.base for one in every),
-            _added(one.final for one in every),
+            TokenSums.total(one.base for one in every),
+            TokenSums.total(one.final for one in every),
         )
         return {
             "sites": {site: one.as_json() for site, one in sorted(self.sites.items())},
@@ -148,10 +148,6 @@ class Evaluation:
     group_by: str = ""
     questions: tuple[AnsweredQuestion, ...] = ()
     at_sites: AtSites | None = None
-
-    def with_sites(self, at_sites: AtSites) -> Evaluation:
-        """Return it with what the sites counted."""
-        return replace(self, at_sites=at_sites)
 
     def as_json(self) -> dict[str, Any]:
         """Return what evaluation.json holds."""
@@ -187,12 +183,3 @@ def _model_json(results: ModelResults) -> dict[str, Any]:
             for one in results.groups
         ],
     }
-
-
-def _added(parts: Any) -> TokenSums:
-    total = TokenSums()
-    for part in parts:
-        total = TokenSums(
-            total.nll + part.nll, total.correct + part.correct, total.tokens + part.tokens
-        )
-    return total

@@ -277,7 +277,7 @@ def test_newer_protocol_is_named_even_when_its_fields_have_changed() -> None:
 
 
 def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="'erase' is none of 'describe', 'train'"):
+    with pytest.raises(ProtocolError, match="'erase' is none of describe, train, evaluate"):
         _open_task(_signed({**_fields(TASK), "kind": "erase"}))
 
 

@@ -12,7 +12,7 @@ import typer.main
 
 import client.cli
 import server.cli
-from client.egress import OPTIONAL_NUMBERS, PUBLIC_NUMBERS
+from client.egress import EVALUATION_NUMBERS, OPTIONAL_NUMBERS, PUBLIC_NUMBERS
 from client.site_config import DataSection, PolicySection
 from common.records import Reply
 
@@ -37,12 +37,18 @@ NUMBERS = {
     "steps": "steps done",
     "train-loss": "training loss",
     "train-seconds": "training time",
+    "evaluation-records": "how many test records",
+    "evaluation-tokens": "answer tokens",
+    "evaluation-nll": "the sum of losses",
+    "evaluation-correct": "the count of right tokens",
+    "evaluation-base-nll": "for the base model and the new one the sum of losses",
+    "evaluation-base-correct": "the count of right tokens",
 }
 
 
 def test_everything_that_a_reply_holds_is_on_the_page() -> None:
     assert {field.name for field in fields(Reply)} == set(SAID) | ECHOED
-    assert set(NUMBERS) == PUBLIC_NUMBERS | OPTIONAL_NUMBERS
+    assert set(NUMBERS) == PUBLIC_NUMBERS | OPTIONAL_NUMBERS | EVALUATION_NUMBERS
     for words in (*SAID.values(), *NUMBERS.values()):
         assert words in TEXT
 

@@ -1,0 +1,72 @@
+"""The last step of a run: what is handed out, measured by whatever there is to measure it by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from common.adapter import AdapterState
+from common.config import RunConfig
+from common.errors import QuorumError
+from server.evaluation import AtSites, Evaluation, compare_with_base
+from server.history import History
+from server.prepared_run import PreparedRun
+from server.rounds import Federation
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_result(
+    prepared: PreparedRun,
+    exported: AdapterState,
+    *,
+    config: RunConfig,
+    run_uid: str,
+    server_round: int,
+    at_sites: Callable[[AdapterState, int], AtSites] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Return what an adapter is worth beside its base, on the central records and the fixed questions.
+
+    server_round: that made it. at_sites: asks the sites too, where evaluation.at-sites wants it.
+    on_batch: see `compare_with_base`.
+    """
+    central = prepared.central
+    models, answered = compare_with_base(
+        prepared.base,
+        exported,
+        central,
+        config=config,
+        questions=prepared.questions,
+        on_batch=on_batch,
+    )
+    wanted = at_sites is not None and config.evaluation.at_sites
+    return Evaluation(
+        run_uid=run_uid,
+        server_round=server_round,
+        adapter=exported.digest(),
+        base=prepared.base.digest,
+        records=0 if central is None else len(central),
+        central=models,
+        group_by="" if central is None else central.group_by,
+        questions=answered,
+        at_sites=at_sites(exported, server_round) if wanted and at_sites else None,
+    )
+
+
+def evaluated_at_sites(
+    federation: Federation, history: History, exported: AdapterState, server_round: int
+) -> AtSites:
+    """Return what the sites count. That they cannot is no reason to hand out nothing."""
+    try:
+        counted = federation.evaluate_at_sites(exported, server_round=server_round)
+    except QuorumError as error:
+        logger.warning("the sites did not evaluate: %s", error)
+        counted = AtSites({}, {"": error.code})
+    history.record(
+        "evaluated-at-sites",
+        round=server_round,
+        sites=sorted(counted.sites),
+        refused=dict(counted.refused),
+    )
+    return counted
