@@ -28,6 +28,7 @@ from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
+from server.cli_release import export
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -221,6 +222,7 @@ def exclude(
 
 app.command()(revoke)
 app.command()(renew)
+app.command()(export)
 
 
 @app.command()

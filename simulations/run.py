@@ -78,6 +78,17 @@ def run_simulation(
         key_path.parent.mkdir(parents=True, mode=0o700)
         key.save(key_path)
     roster = write_sites(plans, home / "sites")
+    shared, private = split_settings(config)
+    # Flower's engine starts from it, and an export later finds base model and test records by it.
+    Launch(
+        run_dir=str(out),
+        key=str(key_path),
+        roster=str(home / "coordinator" / "roster.json"),
+        models={model.name: str(model.path)},
+        central_files=tuple(map(str, checked.central_files)),
+        settings=private,
+        resume=True,
+    ).save(home / "coordinator", folder.run_uid)
     if simulation.engine == "inline":
         plan = RunPlan(
             config=config,
@@ -89,21 +100,9 @@ def run_simulation(
             resume=simulation.resume,
         )
         return _run_inline(plan, home / "sites", listener)
-    files = checked.central_files
     del checked
     release_base()
-    roster_path = home / "coordinator" / "roster.json"
-    roster.save(roster_path)
-    shared, private = split_settings(config)
-    Launch(
-        run_dir=str(out),
-        key=str(key_path),
-        roster=str(roster_path),
-        models={model.name: str(model.path)},
-        central_files=tuple(map(str, files)),
-        settings=private,
-        resume=True,
-    ).save(home / "coordinator", folder.run_uid)
+    roster.save(home / "coordinator" / "roster.json")
     return _run_flower(simulation, folder, home, {**shared, "run.uid": folder.run_uid}, listener)
 
 

@@ -1,0 +1,119 @@
+"""`consilium server export`: a finished run's model as other programs load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from common.cli import console
+
+if TYPE_CHECKING:
+    from server.export_model import ExportReport, OnStep
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run's folder.")]
+Model = Annotated[
+    Path | None, typer.Option(help="The base model's folder, where it is not where the run had it.")
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(help="Records to measure on, in place of the run's own; may be repeated."),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(help="The precision of a merged export, and that an adapter is checked in."),
+]
+Force = Annotated[
+    bool, typer.Option(help="Replace an earlier export or release there, and nothing else.")
+]
+
+
+def export(
+    run_dir: RunDir,
+    form: Annotated[
+        Literal["adapter", "merged"],
+        typer.Option("--format", help="A PEFT folder, or the adapter merged into the base."),
+    ] = "adapter",
+    out: Annotated[Path | None, typer.Option(help="Default: RUN_DIR/export/FORMAT.")] = None,
+    model: Model = None,
+    data: Data = None,
+    dtype: Dtype = "float32",
+    force: Force = False,
+) -> None:
+    """Export a finished run's model, load it back, and measure that it is the same one."""
+    # Only here, because they load torch.
+    from server.export_folder import check_place, placing
+    from server.export_model import STEPS, ExportRequest, write_export
+    from server.finished_run import find_base, load_finished_run
+
+    target, within = (out, None) if out else (run_dir / "export" / form, run_dir)
+    check_place(target, within=within, force=force)
+    run = load_finished_run(run_dir)
+    base = find_base(run, given=model)
+    request = ExportRequest(run, base, form, dtype, measured_files(data) or run.central_files)
+    with (
+        progress(f"export {form}", STEPS) as on_step,
+        placing(target, within=within, force=force) as folder,
+    ):
+        report = write_export(request, folder, on_step=on_step)
+    console.print(report_table(report))
+    console.print(f"Wrote {target}: {_CONTENTS[form]}, export.json", soft_wrap=True, markup=False)
+
+
+_CONTENTS = {
+    "adapter": "a PEFT adapter, which PeftModel.from_pretrained loads on the base model, and export.json",
+    "merged": "a whole model, which AutoModelForCausalLM.from_pretrained loads, and export.json",
+}
+
+
+def measured_files(data: list[Path] | None) -> tuple[Path, ...]:
+    """Return the files of records that a person named. Raises DataError when one is missing."""
+    from server.evaluation import central_files
+
+    return tuple(file for path in data or () for file in central_files(str(path)))
+
+
+@contextmanager
+def progress(title: str, steps: int) -> Iterator[OnStep]:
+    """Show how many of some steps are done, and what is done now."""
+    from transformers.utils import logging
+
+    # Its own bars would be written across this one.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with Progress(
+        TextColumn("[bold]{task.description}[/]"),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task(title, total=steps, state="starting", completed=-1)
+
+        def on_step(state: str) -> None:
+            bar.update(task, advance=1, state=state)
+
+        yield on_step
+        bar.update(task, completed=steps, state="done")
+
+
+def report_table(report: ExportReport) -> Table:
+    """Return what an export measured: a line for each form of the model."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(f"loss on {report.records} {report.measured_on}", overflow="fold")
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("from the export", justify="right", no_wrap=True)
+    for name, loss in (
+        (f"the export, loaded back, {report.dtype}", report.loss),
+        (f"adapter on the base, {report.dtype}", report.adapter_loss),
+        (f"adapter on the base as the run had it, {report.quantization}", report.run_loss),
+    ):
+        table.add_row(name, f"{loss:.6f}", f"{loss - report.loss:+.1e}")
+    table.caption = f"the first two may differ by {report.tolerance:g}"
+    table.caption_justify = "left"
+    return table

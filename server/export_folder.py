@@ -1,0 +1,130 @@
+"""Where an export goes: a new folder beside its place, which it takes when all has gone well.
+
+export.json in it is the mark of our own work: with --force nothing else is ever replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError, ConfigError
+from common.files import fsync_folder, write_atomically
+
+MARKER = "export.json"
+_FORM = "consilium-export/1"
+
+
+@contextmanager
+def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]:
+    """Lend an empty folder that takes the place of `target` when the block ends well, and is gone else.
+
+    within: the run's folder, where the user named no place of their own; no link leads out of it.
+    Raises as `check_place`.
+    """
+    check_place(target, within=within, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        # Something may have come there meanwhile: the work took a while.
+        check_place(target, within=within, force=force)
+        _flush(temporary)
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(temporary, target)
+        fsync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_place(target: Path, *, within: Path | None, force: bool) -> None:
+    """Raise ConfigError for a folder that leads out of the run's, CheckpointError for one that is in use."""
+    if within is not None:
+        expected = within.resolve() / target.relative_to(within)
+        if target.resolve() != expected:
+            raise ConfigError(
+                f"{target} leads out of {within}, to {target.resolve()}; remove that link, or name the place "
+                "with --out"
+            )
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise CheckpointError(f"{target} is not a folder; move it away, or choose another --out")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    own = _own_files(target)
+    if own is None:
+        raise CheckpointError(
+            f"{target} holds files, and no export of ours wrote them; choose another --out"
+        )
+    if not force:
+        raise CheckpointError(
+            f"{target} holds an export already; replace it with --force, or choose another --out"
+        )
+    foreign = sorted(files_below(target) - own)
+    if foreign:
+        raise CheckpointError(
+            f"{target} holds {foreign[0]!r}, which no export wrote; move it away, or choose another --out"
+        )
+
+
+def files_below(folder: Path) -> set[str]:
+    """Return the paths of everything below a folder that is no plain folder itself, links not followed."""
+    found: set[str] = set()
+    for root, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        found |= {(Path(root) / name).relative_to(folder).as_posix() for name in (*files, *links)}
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_marker(folder: Path, content: Mapping[str, Any], *, later: frozenset[str]) -> None:
+    """Write export.json: what is said of an export, and its files with their SHA-256.
+
+    later: names of files that are still to come, which have none.
+    """
+    files = {
+        name: file_sha256(folder / name) for name in sorted(files_below(folder)) if name != MARKER
+    }
+    named = {**content, "files": {**files, **dict.fromkeys(sorted(later - set(files)))}}
+    text = json.dumps({"form": _FORM, **named}, indent=2) + "\n"
+    write_atomically(folder / MARKER, text.encode())
+
+
+def _own_files(folder: Path) -> frozenset[str] | None:
+    """The files that an export wrote here, None where no export has."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return frozenset({MARKER, *marker["files"]}) if marker["form"] == _FORM else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _flush(folder: Path) -> None:
+    """Make what libraries wrote durable, and readable to whoever may read its folder."""
+    for name in files_below(folder):
+        os.chmod(folder / name, 0o644)
+        descriptor = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fsync_folder(folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,152 @@
+"""Where an export goes: never out of the run's folder, never over what is not ours."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from common.errors import CheckpointError, ConfigError
+from server.export_folder import MARKER, check_place, files_below, placing, write_marker
+
+
+def _place(
+    target: Path, *, within: Path | None = None, force: bool = False, name: str = "a"
+) -> None:
+    """Write an export of one file."""
+    with placing(target, within=within, force=force) as folder:
+        (folder / name).write_text("model")
+        write_marker(folder, {"run": "r"}, later=frozenset())
+
+
+def test_the_folder_appears_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    target = tmp_path / "run" / "export" / "merged"
+    with placing(target, within=tmp_path / "run", force=False) as folder:
+        assert folder.parent == target.parent
+        assert not target.exists()
+        (folder / "model.safetensors").write_bytes(b"1")
+        (folder / "model.safetensors").chmod(0o600)
+        write_marker(folder, {"run": "r"}, later=frozenset())
+    assert [path.name for path in target.parent.iterdir()] == ["merged"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+    assert stat.S_IMODE((target / "model.safetensors").stat().st_mode) == 0o644
+    marker = json.loads((target / MARKER).read_text())
+    # sha256sum of the one byte "1".
+    assert marker["files"] == {
+        "model.safetensors": "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    }
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        _place(tmp_path / "out", name="missing/half")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_leaves_the_earlier_export(tmp_path: Path) -> None:
+    _place(tmp_path / "out")
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        placing(tmp_path / "out", within=None, force=True),
+    ):
+        raise RuntimeError("on purpose")
+    assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
+
+
+def test_an_export_is_replaced_with_force_and_never_without(tmp_path: Path) -> None:
+    _place(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="holds an export already; replace it with --force"):
+        _place(tmp_path / "out", name="b")
+    _place(tmp_path / "out", name="b", force=True)
+    assert files_below(tmp_path) == {"out/b", f"out/{MARKER}"}
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        None,
+        "not JSON",
+        "[]",
+        '{"form": "another", "files": {"notes.txt": ""}}',
+        '{"files": {"notes.txt": ""}}',
+    ],
+)
+def test_force_replaces_no_folder_that_we_did_not_write(tmp_path: Path, marker: str | None) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("of somebody else")
+    if marker is not None:
+        (out / MARKER).write_text(marker)
+    with pytest.raises(CheckpointError, match="no export of ours wrote them"):
+        _place(out, force=True)
+    assert (out / "notes.txt").read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "below/notes.txt"])
+def test_force_replaces_no_export_that_somebody_put_files_into(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    _place(out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("of somebody else")
+    with pytest.raises(CheckpointError, match=f"holds '{name}', which no export wrote"):
+        _place(out, force=True)
+    assert (out / name).exists()
+
+
+def test_files_that_are_still_to_come_are_ours_too(tmp_path: Path) -> None:
+    with placing(tmp_path / "out", within=None, force=False) as folder:
+        write_marker(folder, {"run": "r"}, later=frozenset({"model.sig"}))
+        (folder / "model.sig").write_text("later")
+    _place(tmp_path / "out", force=True)
+    assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
+
+
+def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    _place(tmp_path / "out")
+    assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("link", ["export", "export/merged"])
+def test_no_link_in_a_runs_folder_leads_an_export_out_of_it(
+    tmp_path: Path, link: str, force: bool
+) -> None:
+    """The folder of a run may come from elsewhere, with whatever links are in it."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    _place(elsewhere / "merged", name="precious")
+    (run / link).parent.mkdir(parents=True)
+    (run / link).symlink_to(elsewhere if link == "export" else elsewhere / "merged")
+    with pytest.raises(ConfigError, match="leads out of .*elsewhere.*--out"):
+        _place(run / "export" / "merged", within=run, force=force)
+    assert files_below(elsewhere) == {"merged/precious", f"merged/{MARKER}"}
+
+
+def test_a_run_that_is_itself_reached_by_a_link_is_exported(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    _place(tmp_path / "run" / "export" / "merged", within=tmp_path / "run")
+    assert (tmp_path / "real" / "export" / "merged" / "a").is_file()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_is_in_the_way(tmp_path: Path, kind: str) -> None:
+    _place(tmp_path / "real")
+    if kind == "file":
+        (tmp_path / "out").write_text("of somebody else")
+    else:
+        (tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        check_place(tmp_path / "out", within=None, force=True)
+
+
+def test_what_came_while_an_export_was_written_is_not_replaced(tmp_path: Path) -> None:
+    place = placing(tmp_path / "out", within=None, force=True)
+    place.__enter__()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("of somebody else")
+    with pytest.raises(CheckpointError, match="no export of ours wrote them"):
+        place.__exit__(None, None, None)
+    assert files_below(tmp_path) == {"out/notes.txt"}
