@@ -75,6 +75,11 @@ def check_run(
                 "aggregation.method; take them out of RUN.toml"
             )
         )
+    questions = config.evaluation.questions
+    if questions:
+        # As the test records are found: a ServerApp's working folder is Flower's.
+        path = (base_dir / questions).resolve()
+        config = config.replace({"evaluation.questions": str(path)})
     files: list[Path] = []
     with problems.noting():
         found = central_files(config.evaluation.central_data, relative_to=base_dir)

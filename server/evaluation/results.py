@@ -169,8 +169,19 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """Write evaluation.json atomically."""
-        write_atomically(path, (json.dumps(self.as_json(), indent=2) + "\n").encode())
+        """Write evaluation.json atomically; what sites counted for this adapter, once for all, stays."""
+        content = self.as_json()
+        before = _read(path)
+        if content["federated"] is None and before.get("adapter") == self.adapter:
+            content["federated"] = before.get("federated")
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _model_json(results: ModelResults) -> dict[str, Any]:

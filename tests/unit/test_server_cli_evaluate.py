@@ -1,0 +1,98 @@
+"""`consilium server evaluate`, as a person gives it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from common.errors import ConfigError, DataError
+from server.cli import app
+from tests.unit.finished import finished_config, write_finished_run
+
+
+@pytest.fixture(autouse=True)
+def _a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.cli.console._width", 100)
+
+
+def _records(path: Path, *answers: str) -> Path:
+    rows = [
+        {"instruction": f"Case {i}?", "output": answer, "site": "bern" if i % 2 else "oslo"}
+        for i, answer in enumerate(answers)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run_dir(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    central = _records(tmp_path / "central.jsonl", "yes", "no", "maybe", "no")
+    config = finished_config(evaluation__max_new_tokens=4)
+    files = (central,)
+    return write_finished_run(tmp_path / "run", tiny_model_dir, config, central_files=files).path
+
+
+def _evaluate(*arguments: object) -> str:
+    done = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def _written(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / "evaluation.json").read_text())
+    return content
+
+
+def test_everything_that_is_asked_for_is_shown_and_written(run_dir: Path) -> None:
+    said = _evaluate(run_dir, "--set", "evaluation.metrics=generation,options")
+    for words in ("4 test records", "ROUGE-L", "By site", "(worst)", "chosen"):
+        assert words in said
+    assert "Answers side by side" in said
+    assert f"Wrote {run_dir / 'evaluation.json'}" in said.replace("\n", "")
+    assert max(map(len, said.splitlines())) <= max(100, len(f"Wrote {run_dir}/evaluation.json"))
+    content = _written(run_dir)
+    assert content["models"]["final"]["options"]["labels"] == ["maybe", "no", "yes"]
+    assert [g["group"] for g in content["models"]["final"]["groups"]] == ["bern", "oslo"]
+    assert content["worst_group"] in ("bern", "oslo")
+    assert content["round"] == 1
+    assert len(content["questions"]) == 4
+
+
+def test_other_records_and_json(run_dir: Path, tmp_path: Path) -> None:
+    other = _records(tmp_path / "other.jsonl", "a", "b")
+    said = _evaluate(run_dir, "--data", other, "--json")
+    assert json.loads(said) == _written(run_dir)
+    assert json.loads(said)["records"] == 2
+
+
+def test_what_sites_counted_once_is_kept(run_dir: Path) -> None:
+    _evaluate(run_dir)
+    path = run_dir / "evaluation.json"
+    counted = {"sites": {}, "all": None, "refused": {"bern": "site-policy"}}
+    path.write_text(json.dumps({**_written(run_dir), "federated": counted}))
+    _evaluate(run_dir)
+    assert _written(run_dir)["federated"] == counted
+    path.write_text(json.dumps({**_written(run_dir), "adapter": "another"}))
+    _evaluate(run_dir)
+    assert _written(run_dir)["federated"] is None
+
+
+def test_what_cannot_be_is_said_before_anything_is_measured(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set train.rounds: only evaluation"):
+        _evaluate(run_dir, "--set", "train.rounds=9")
+    with pytest.raises(ConfigError, match="'bleurt' is none of generation, loss, options"):
+        _evaluate(run_dir, "--set", "evaluation.metrics=bleurt")
+    with pytest.raises(DataError, match="4 test records answer none"):
+        _evaluate(run_dir, "--set", "evaluation.metrics=options", "--set", "evaluation.labels=x,y")
+    with pytest.raises(DataError, match="no records at"):
+        _evaluate(run_dir, "--data", tmp_path / "nothing.jsonl")
+    (tmp_path / "central.jsonl").unlink()
+    with pytest.raises(ConfigError, match="name some with --data"):
+        _evaluate(run_dir)
+    assert not (run_dir / "evaluation.json").exists()
