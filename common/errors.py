@@ -24,7 +24,8 @@
     ├── ScreeningError              a reply was refused by the coordinator
     ├── QuorumError                 too few sites or replies; the run stopped
     ├── CheckpointError             a checkpoint or a run folder is damaged or in the way
-    └── EngineError                 Flower's processes did not do what was asked
+    ├── EngineError                 Flower's processes did not do what was asked
+    └── ReleaseError                a release is not what was signed
 
 What leaves a hospital is `code` and a correlation id, never `str(error)`: a message may name a path
 or a count of the hospital's own.
@@ -196,6 +197,13 @@ class EngineError(ConsiliumError):
 
     code = "engine"
     exit_code = 5
+
+
+class ReleaseError(ConsiliumError):
+    """A release is not what was signed, or not by the key that is believed."""
+
+    code = "release"
+    exit_code = 9
 
 
 def known_codes() -> frozenset[str]:

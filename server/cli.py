@@ -29,7 +29,7 @@ from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
 from server.cli_evaluate import evaluate
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
-from server.cli_release import export
+from server.cli_release import export, release_key, verify
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -75,8 +75,8 @@ def init(
     )
     key = SigningKey.load(made.signing_key)
     console.print(
-        f"Wrote {folder}: coordinator.toml, tls/, signing.pem, release.pem, superexec.secret, roster.json. "
-        "Keep tls/ca.key and release.pem elsewhere when they are not needed.\n"
+        f"Wrote {folder}: coordinator.toml, tls/, signing.pem, release.pem, release.pub, superexec.secret, "
+        "roster.json. Keep tls/ca.key and release.pem elsewhere when they are not needed.\n"
         f"Fingerprint of the key that signs tasks: {fingerprint(key.public_hex)}\n"
         f"Next: consilium server up {folder}, then consilium server enroll ENROLMENT {folder} for each "
         "hospital",
@@ -225,6 +225,8 @@ app.command()(evaluate)
 app.command()(revoke)
 app.command()(renew)
 app.command()(export)
+app.command()(release_key)
+app.command()(verify)
 
 
 @app.command()

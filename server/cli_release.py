@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from common.cli import console
+from common.errors import ReleaseError
+from server.cli_membership import CoordinatorDir
+from server.coordinator import load_coordinator
 
 if TYPE_CHECKING:
     from server.export_model import ExportReport, OnStep
@@ -69,6 +75,57 @@ _CONTENTS = {
     "adapter": "a PEFT adapter, which PeftModel.from_pretrained loads on the base model, and export.json",
     "merged": "a whole model, which AutoModelForCausalLM.from_pretrained loads, and export.json",
 }
+
+
+def release_key(folder: CoordinatorDir) -> None:
+    """Make the key that releases are signed by, ECDSA P-384; an earlier Ed25519 one is set aside."""
+    from server.release_key import make_release_key
+
+    key = make_release_key(load_coordinator(folder).folder)
+    console.print(
+        f"Wrote {key.private}, which stays here, and {key.public}, which whoever checks a release needs.\n"
+        f"SHA-256 of {key.public.name}, to compare by another way: {key.fingerprint}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A release's folder.")],
+    key: Annotated[Path, typer.Option(help="The release.pub that the coordinator gave you.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For another program to read.")] = False,
+) -> None:
+    """Check that a release is what its coordinator signed, to the byte; exit code 9 when it is not."""
+    from server.release_signature import verify_folder
+
+    with console.status(f"Reading {escape(str(folder))}"):
+        found = verify_folder(folder, key=key)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    elif found.differences:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in ("path", "what", "signed as"):
+            table.add_column(name, overflow="fold")
+        for one in sorted(found.differences):
+            table.add_row(_shown(one.path), one.change, _shown(one.before))
+        console.print(table)
+    if found.differences:
+        raise ReleaseError(
+            f"{folder} is not what was signed: {len(found.differences)} of its paths differ; do not use it, "
+            "and get it again"
+        )
+    if not as_json:
+        console.print(
+            f"{folder} is what the owner of {key} signed: {found.files} files, each to the byte, and nothing "
+            "beside them",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def _shown(path: str) -> str:
+    """A path as a terminal may show it: whoever added a file chose its name."""
+    return escape(path if path.isprintable() else ascii(path))
 
 
 def measured_files(data: list[Path] | None) -> tuple[Path, ...]:

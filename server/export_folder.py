@@ -32,20 +32,20 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     check_place(target, within=within, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    # Of the same name: a signature names the folder that it was made in.
+    made = temporary / target.name
+    made.mkdir()
     try:
-        yield temporary
-        os.chmod(temporary, 0o755)
+        yield made
         # Something may have come there meanwhile: the work took a while.
         check_place(target, within=within, force=force)
-        _flush(temporary)
+        _flush(made)
         if target.exists():
-            os.rename(target, replaced)
-        os.rename(temporary, target)
+            os.rename(target, temporary / "replaced")
+        os.rename(made, target)
         fsync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_place(target: Path, *, within: Path | None, force: bool) -> None:
@@ -116,6 +116,7 @@ def _own_files(folder: Path) -> frozenset[str] | None:
 
 def _flush(folder: Path) -> None:
     """Make what libraries wrote durable, and readable to whoever may read its folder."""
+    os.chmod(folder, 0o755)
     for name in files_below(folder):
         os.chmod(folder / name, 0o644)
         descriptor = os.open(folder / name, os.O_RDONLY)

@@ -20,6 +20,7 @@ from server.certificates import (
     save_certified,
 )
 from server.coordinator import COORDINATOR_FILE, Coordinator, load_coordinator
+from server.release_key import make_release_key
 from server.roster import Roster
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -60,7 +61,7 @@ def init_coordinator(
     save_certified(authority, tls, "ca")
     save_certified(server, tls, "server")
     write_atomically(folder / "superexec.secret", secrets.token_bytes(32), mode=0o600)
-    SigningKey.generate().save(folder / "release.pem")
+    make_release_key(folder)
     SigningKey.generate().save(folder / "signing.pem")
     Roster([]).save(folder / "roster.json")
     settings: dict[str, str | int] = {"address": address}

@@ -42,6 +42,7 @@ def test_documented_exit_codes_differ_from_success_and_from_each_other() -> None
         "AuditError": 6,
         "DiskError": 7,
         "PreflightError": 8,
+        "ReleaseError": 9,
     }
 
 

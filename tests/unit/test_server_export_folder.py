@@ -24,7 +24,7 @@ def _place(
 def test_the_folder_appears_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     target = tmp_path / "run" / "export" / "merged"
     with placing(target, within=tmp_path / "run", force=False) as folder:
-        assert folder.parent == target.parent
+        assert folder.name == target.name
         assert not target.exists()
         (folder / "model.safetensors").write_bytes(b"1")
         (folder / "model.safetensors").chmod(0o600)

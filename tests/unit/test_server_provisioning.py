@@ -17,6 +17,7 @@ from server.certificates import certified_hosts, expires_at
 from server.cli import app
 from server.coordinator import Coordinator, load_coordinator
 from server.provisioning import init_coordinator, renew_certificate
+from server.release_key import load_release_key, public_pem
 
 
 @pytest.fixture
@@ -33,16 +34,21 @@ def test_only_its_owner_reads_what_is_secret(coordinator: Coordinator) -> None:
         for path in [folder, *folder.rglob("*")]
     }
     assert {name for name, mode in modes.items() if mode & 0o077} == {
-        "tls/ca.crt", "tls/server.crt", "roster.json",
+        "tls/ca.crt", "tls/server.crt", "roster.json", "release.pub",
     }  # fmt: skip
     assert modes["."] == 0o700
     assert len((folder / "superexec.secret").read_bytes()) == 32
 
 
 def test_tasks_and_releases_are_signed_by_keys_of_their_own(coordinator: Coordinator) -> None:
-    keys = {SigningKey.load(coordinator.folder / f"{name}.pem").public_hex
-            for name in ("signing", "release")}  # fmt: skip
-    assert len(keys) == 2
+    """Of another kind even: neither key can be mistaken for the other."""
+    folder = coordinator.folder
+    assert len(SigningKey.load(folder / "signing.pem").public_hex) == 64
+    release = load_release_key(folder / "release.pem")
+    assert release.curve.name == "secp384r1"
+    assert public_pem(folder / "release.pub") == public_pem(folder / "release.pem")
+    with pytest.raises(ConfigError, match="is not an Ed25519 key"):
+        SigningKey.load(folder / "release.pem")
 
 
 def test_it_is_reached_from_outside_by_its_address_and_from_inside_by_loopback(
