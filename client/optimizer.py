@@ -1,8 +1,7 @@
-"""The optimizer, its learning rate over the whole run, and its step without protection."""
+"""The optimizer, and its step without protection."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -28,20 +27,6 @@ class PlainStep:
         """Step."""
         self._optimizer.step()
         self._optimizer.zero_grad()
-
-
-def scheduled_rate(step: int, *, total_steps: int, settings: TrainSection) -> float:
-    """Return the learning rate of a step, counted from 0 over the whole run.
-
-    Rises over ceil(warmup_ratio * total_steps) steps, then stays (constant) or falls towards 0,
-    which it would reach one step after the last (linear).
-    """
-    warmup = math.ceil(settings.warmup_ratio * total_steps)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    return settings.learning_rate * (total_steps - step) / (total_steps - warmup)
 
 
 def make_optimizer(model: nn.Module, settings: TrainSection, *, device: torch.device) -> Optimizer:

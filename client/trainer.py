@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from client.dp import PrivateStep, private_steps
 from client.noise import Entropy
-from client.optimizer import PlainStep, make_optimizer, scheduled_rate
+from client.optimizer import PlainStep, make_optimizer
 from client.sampling import (
     Batch,
     check_patients,
@@ -28,6 +28,7 @@ from common.config import TrainSection
 from common.errors import PrivacyError, TrainingError
 from common.metrics import record_losses
 from common.prompts import Examples, collate
+from common.schedule import scheduled_rate
 from common.seeding import derive_seed
 
 

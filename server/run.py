@@ -20,6 +20,8 @@ from common.config import RunConfig
 from common.errors import CheckpointError, ConsiliumError, DiskError
 from common.files import is_disk_full
 from common.metrics import LanguageMetrics
+from common.process_memory import peak_memory_bytes
+from common.schedule import scheduled_rate
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
@@ -176,6 +178,12 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
             metrics,
             merge=merged.report,
             evaluate_s=time.monotonic() - evaluate_started,
+            learning_rate=scheduled_rate(
+                server_round * config.train.local_steps - 1,
+                total_steps=config.total_steps,
+                settings=config.train,
+            ),
+            memory_bytes=peak_memory_bytes(),
         )
         add_round(summary, entry, replies, metrics)
         summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)

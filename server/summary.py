@@ -43,13 +43,20 @@ def round_entry(
     *,
     merge: MergeReport,
     evaluate_s: float,
+    learning_rate: float,
+    memory_bytes: int,
 ) -> dict[str, Any]:
-    """Return one round in numbers. evaluate_s: seconds of central evaluation."""
+    """Return one round in numbers.
+
+    evaluate_s: seconds of central evaluation. learning_rate: of the round's last step. memory_bytes: the
+    most that this process has held so far.
+    """
     reported = [update.numbers.get("train-seconds", 0.0) for update in replies.updates]
     train_s = min(max(reported, default=0.0), replies.seconds)
     return {
         "round": server_round,
         "loss": metrics.loss if metrics else None,
+        "metrics": asdict(metrics) if metrics else None,
         "replies": len(replies.updates),
         "sites": [update.site for update in replies.updates],
         "refused": dict(replies.refused),
@@ -71,6 +78,8 @@ def round_entry(
             "merge": round(merge.seconds, 3),
             "evaluate": round(evaluate_s, 3),
         },
+        "learning_rate": learning_rate,
+        "memory_bytes": memory_bytes,
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from client.optimizer import make_optimizer, scheduled_rate
+from client.optimizer import make_optimizer
 from client.trainer import DpSettings, TrainResult, train
 from common.adapter import AdapterState
 from common.config import LoraSection, ModelSection, TrainSection
@@ -22,6 +22,7 @@ from common.errors import ConfigError, ModelError, PolicyError, PrivacyError, Tr
 from common.lora import attached, initial_adapter, read_adapter, write_adapter
 from common.model import BaseModel, load_base, release_base
 from common.prompts import Examples
+from common.schedule import scheduled_rate
 from tests.unit.tiny import CONFIGS, make_examples, tiny_base
 
 LORA = LoraSection(rank=4, alpha=8.0)

@@ -141,7 +141,14 @@ def test_summary_holds_the_fields_of_the_design_with_finite_numbers(plain: Path)
         assert entry["refused"] == {}
         assert set(entry["seconds"]) == {"train", "wait", "merge", "evaluate"}
         assert 0.0 <= entry["discarded_energy"] < 1.0
-    assert summary["rounds"][-1]["loss"] == summary["central"]["final"]["loss"]
+        assert entry["metrics"]["loss"] == entry["loss"]
+        # A process with torch in it holds at least as much.
+        assert entry["memory_bytes"] > 50e6
+    # One step of warm-up, then 3/3, 2/3 and 1/3 of 0.01; a round has two steps.
+    assert [entry["learning_rate"] for entry in summary["rounds"]] == pytest.approx(
+        [0.01, 0.01 / 3]
+    )
+    assert summary["rounds"][-1]["metrics"] == summary["central"]["final"]
     for field in ("bytes_up", "bytes_down"):
         assert summary[field] == sum(entry[field] for entry in summary["rounds"]) > 0
     assert all(math.isfinite(number) for number in _numbers(summary))
