@@ -1,0 +1,158 @@
+"""The page: one HTML file that needs nothing else, from what was read and drawn."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from common.files import write_atomically
+from server.report.audit_pictures import audit_pictures
+from server.report.drawing import Picture
+from server.report.reading import RunRecord, read_run
+from server.report.run_pictures import (
+    cost_pictures,
+    privacy_pictures,
+    quality_pictures,
+    site_pictures,
+)
+from server.report.signs import warning_signs
+from server.report.tables import (
+    TextTable,
+    attack_tables,
+    cards,
+    confusion_table,
+    federated_table,
+    groups_table,
+    metrics_table,
+    outcome,
+    rounds_table,
+    settings_table,
+    sites_table,
+)
+
+REPORT_FILE = "report.html"
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page. notes: sentences under its heading. tables: shown; folded: behind a click."""
+
+    title: str
+    notes: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    tables: tuple[TextTable, ...] = ()
+    folded: tuple[TextTable, ...] = ()
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write a run's report into its folder and return its path. Raises ConfigError or DataError."""
+    page = run_page(read_run(run_dir))
+    path = run_dir / REPORT_FILE
+    write_atomically(path, page.encode())
+    return path
+
+
+def run_page(run: RunRecord, *, live: bool = False) -> str:
+    """Return a run's report. live: it looks for a newer one of itself where it came from."""
+    return render(
+        "run.html.j2",
+        title=run.name,
+        live=live,
+        run=run,
+        outcome=outcome(run),
+        cards=cards(run),
+        signs=warning_signs(run),
+        sections=[section for section in _sections(run) if _has_content(section)],
+        questions=run.evaluation.questions if run.evaluation else (),
+        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _sections(run: RunRecord) -> Sequence[Section]:
+    evaluation, attack = run.evaluation, run.attack
+    quality = [metrics_table(run)]
+    if evaluation is not None:
+        quality += [groups_table(evaluation), confusion_table(evaluation)]
+        quality += [federated_table(evaluation.federated)] if evaluation.federated else []
+    scope = []
+    if attack is not None:
+        ledger = attack.ledger
+        spent = "no protection" if ledger.epsilon is None else f"epsilon {ledger.epsilon:.2f}"
+        scope.append(
+            f"Audited: {attack.kind}, site {attack.site}, trained with {spent}. "
+            f"This is {attack.scope or 'an audit of the pipeline'}."
+        )
+    return (
+        Section(
+            "Quality",
+            pictures=tuple(quality_pictures(run)),
+            tables=tuple(table for table in quality if table is not None),
+        ),
+        Section("Privacy", pictures=tuple(privacy_pictures(run))),
+        Section(
+            "Attacks",
+            tuple(scope),
+            tuple(audit_pictures(attack)) if attack else (),
+            tuple(attack_tables(attack)) if attack else (),
+        ),
+        Section(
+            "Sites",
+            pictures=tuple(site_pictures(run)),
+            tables=tuple(filter(None, [sites_table(run)])),
+        ),
+        Section(
+            "Cost",
+            pictures=tuple(cost_pictures(run)),
+            folded=tuple(filter(None, [rounds_table(run)])),
+        ),
+        Section("Settings", folded=(settings_table(run),)),
+    )
+
+
+def _has_content(section: Section) -> bool:
+    return bool(section.pictures or section.tables or section.folded)
+
+
+def render(template: str, *, live: bool, **content: object) -> str:
+    """Return a page. live: it looks for a newer one of itself where it came from."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
+    script = live_script() if live else ""
+    return environment.get_template(template).render(
+        style=Markup(style), script=Markup(script), csp=policy(live=live), live=live, **content
+    )
+
+
+def live_script() -> str:
+    """Return the one script there is: of a page that is served while its run goes."""
+    return (_TEMPLATES / "live.js").read_text(encoding="utf-8").strip()
+
+
+def policy(*, live: bool) -> str:
+    """Return the page's Content-Security-Policy: no request, and no script but the one of a live page."""
+    rules = [
+        "default-src 'none'",
+        "style-src 'unsafe-inline'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    if live:
+        digest = base64.b64encode(hashlib.sha256(live_script().encode()).digest()).decode()
+        rules += [f"script-src 'sha256-{digest}'", "connect-src 'self'"]
+    return "; ".join(rules)

@@ -1,0 +1,334 @@
+"""Everything that a report is made of, read from a run's folder: one that goes, has ended, or failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.config import RunConfig, Scalar, flatten, read_toml
+from common.errors import ConfigError, ConsiliumError
+from common.locks import lock_holder
+from server.history import Event, read_events
+from server.report.results import Attack, Evaluation, read_attack, read_evaluation
+from server.run_folder import RunFolder, run_lock
+from server.run_state import RunState, run_state
+
+Presence = Literal["took part", "refused", "late", "absent"]
+
+# Refusals that mean: nothing came in time. All others are of something that came.
+_NOTHING_CAME = frozenset({"silent", "expired", "lost", "unanswered"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """loss: nats per answer token. token_accuracy: 0 to 1. None: not known."""
+
+    loss: float | None = None
+    perplexity: float | None = None
+    token_accuracy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One merged round. scores: central, None where it was not evaluated.
+
+    seconds: by phase (train, wait, merge, evaluate). epsilon: site -> spent until then, null without
+    protection. train_loss, train_seconds: of the sites that release them. memory_bytes: of the coordinator.
+    """
+
+    number: int
+    scores: Scores | None
+    presence: Mapping[str, Presence]
+    reasons: Mapping[str, str]
+    attempts: int
+    discarded_energy: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: Mapping[str, float]
+    learning_rate: float | None
+    memory_bytes: int | None
+    epsilon: Mapping[str, float | None]
+    train_loss: Mapping[str, float]
+    train_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SitePrivacy:
+    """What a site has spent in this run. epsilon: None without protection.
+
+    cap: what it may spend: of the site's own policy where that is known here (a simulation), else the
+    run's target; None where there is neither. own_cap: whether it is the site's.
+    """
+
+    site: str
+    unit: str
+    epsilon: float | None
+    delta: float | None
+    noise_multiplier: float | None
+    sample_rate: float | None
+    steps: int | None
+    cap: float | None
+    own_cap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as its folder tells it. sites: all that were ever seen in it. wall_s: until now or its end."""
+
+    name: str
+    uid: str
+    folder: Path
+    state: RunState
+    settings: Mapping[str, Scalar]
+    rounds_planned: int
+    sites: tuple[str, ...]
+    base: Scores | None
+    final: Scores | None
+    exported_round: int | None
+    stopped_early: bool
+    rounds: tuple[RoundRecord, ...]
+    privacy: tuple[SitePrivacy, ...]
+    wall_s: float
+    simulated: bool
+    evaluation: Evaluation | None
+    attack: Attack | None
+
+    @property
+    def method(self) -> str:
+        """How updates were merged."""
+        return str(self.settings.get("aggregation.method", "?"))
+
+    @property
+    def bytes_up(self) -> int:
+        """From all sites, in all rounds."""
+        return sum(one.bytes_up for one in self.rounds)
+
+    @property
+    def bytes_down(self) -> int:
+        """To all sites, in all rounds."""
+        return sum(one.bytes_down for one in self.rounds)
+
+    @property
+    def evaluated(self) -> tuple[tuple[int, Scores], ...]:
+        """The rounds that were evaluated centrally."""
+        return tuple((one.number, one.scores) for one in self.rounds if one.scores is not None)
+
+    @property
+    def max_epsilon(self) -> float | None:
+        """The largest of the sites', None when one of them, or all, have no protection."""
+        spent = [one.epsilon for one in self.privacy]
+        known = [one for one in spent if one is not None]
+        return max(known) if known and len(known) == len(spent) else None
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Return what a run's folder tells. Raises ConfigError where it holds none, DataError for damage."""
+    if not (run_dir / "run.toml").is_file():
+        raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
+    folder = RunFolder(run_dir.resolve(), "")
+    settings = _settings(run_dir / "run.toml")
+    held = lock_holder(run_lock(folder.path)) is not None
+    events = read_events(folder.history)
+    summary = _summary(folder.summary)
+    state = run_state(events, held=held)
+    told = {**summary, **_told_by_history(events)} if events else summary
+    entries: list[dict[str, Any]] = list(told.get("rounds", []))
+    if state.kind == "finished" and summary.get("rounds"):
+        entries = list(summary["rounds"])
+    sites = _all_sites(events, entries, told)
+    by_round: dict[int, list[Event]] = {}
+    for event in events:
+        by_round.setdefault(event.get("round", 0), []).append(event)
+    rounds = tuple(_round(one, by_round.get(int(one["round"]), ()), sites) for one in entries)
+    central = summary.get("central", {}) if state.kind == "finished" else {}
+    evaluated = [one.scores for one in rounds if one.scores is not None]
+    final = _scores(central.get("final")) or (evaluated[-1] if evaluated else None)
+    planned = settings.get("train.rounds")
+    return RunRecord(
+        name=folder.path.name,
+        uid=str(settings.get("run.uid") or summary.get("run", "")),
+        folder=folder.path,
+        state=state,
+        settings=settings,
+        rounds_planned=int(planned) if planned else state.rounds,
+        sites=sites,
+        base=_scores(told.get("base")) or _scores(summary.get("central", {}).get("base")),
+        final=final,
+        exported_round=summary.get("exported_round"),
+        stopped_early=bool(summary.get("stopped_early")),
+        rounds=rounds,
+        privacy=_privacy(folder.path, told, settings),
+        wall_s=_wall_s(events, summary, over=state.kind == "finished"),
+        simulated=(folder.path / "simulation").is_dir(),
+        evaluation=read_evaluation(folder.path),
+        attack=read_attack(folder.path),
+    )
+
+
+def _settings(path: Path) -> dict[str, Scalar]:
+    saved: dict[str, Scalar] = flatten(read_toml(path))
+    try:
+        return RunConfig.parse(saved).flat()
+    except ConsiliumError:
+        # Of another version: what it says is shown as it is.
+        return saved
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _told_by_history(events: Sequence[Event]) -> dict[str, Any]:
+    """What summary.json would hold, of a run that goes on or broke off."""
+    base: Event | None = None
+    privacy: Mapping[str, Any] = {}
+    rounds: dict[int, Event] = {}
+    for event in events:
+        kind = event["event"]
+        if kind == "run-started":
+            rounds, privacy = {}, {}
+        elif kind == "resumed":
+            rounds = {number: one for number, one in rounds.items() if number <= event["round"]}
+        elif kind == "base":
+            base = event
+        elif kind == "round":
+            rounds[event["round"]] = event
+            privacy = event.get("privacy", {})
+    told: dict[str, Any] = {"rounds": [rounds[number] for number in sorted(rounds)]}
+    if base is not None and "loss" in base:
+        told["base"] = base
+    if privacy:
+        told["privacy"] = privacy
+    return told
+
+
+def _all_sites(
+    events: Sequence[Event], entries: Sequence[Mapping[str, Any]], told: Mapping[str, Any]
+) -> tuple[str, ...]:
+    named: set[str] = {*told.get("sites", ()), *told.get("privacy", {})}
+    for entry in entries:
+        named |= {*entry.get("sites", ()), *entry.get("refused", {})}
+    for event in events:
+        if event["event"] == "sites":
+            named |= set(event["sites"])
+        elif event["event"] in ("refused", "approval", "late"):
+            named.add(event["site"])
+    return tuple(sorted(named))
+
+
+def _round(entry: Mapping[str, Any], events: Sequence[Event], sites: Sequence[str]) -> RoundRecord:
+    """Return one round. events: those of its number."""
+    refused = dict(entry.get("refused", {}))
+    late = set()
+    train_loss: dict[str, float] = {}
+    train_seconds: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "late":
+            late.add(event["site"])
+        elif event["event"] == "reply":
+            numbers = event.get("numbers", {})
+            _take(numbers.get("train-loss"), event["site"], into=train_loss)
+            _take(numbers.get("train-seconds"), event["site"], into=train_seconds)
+        elif event["event"] == "refused":
+            refused.setdefault(event["site"], event["reason"])
+    took_part = set(entry.get("sites", ()))
+    presence = {
+        site: _presence(site, took_part=took_part, refused=refused, late=late) for site in sites
+    }
+    rows = entry.get("privacy", {})
+    return RoundRecord(
+        number=int(entry["round"]),
+        scores=_scores(entry.get("metrics")) or _scores({"loss": entry.get("loss")}),
+        presence=presence,
+        reasons={site: why for site, why in refused.items() if site not in took_part},
+        attempts=int(entry.get("attempts", 1)),
+        discarded_energy=_number(entry.get("discarded_energy")),
+        bytes_up=int(entry.get("bytes_up", 0)),
+        bytes_down=int(entry.get("bytes_down", 0)),
+        seconds={name: float(s) for name, s in entry.get("seconds", {}).items()},
+        learning_rate=_number(entry.get("learning_rate")),
+        memory_bytes=entry.get("memory_bytes"),
+        epsilon={site: _number(row.get("epsilon")) for site, row in rows.items()},
+        train_loss=train_loss,
+        train_seconds=train_seconds,
+    )
+
+
+def _presence(
+    site: str, *, took_part: set[str], refused: Mapping[str, str], late: set[str]
+) -> Presence:
+    if site in took_part:
+        return "took part"
+    if site in late or refused.get(site) in _NOTHING_CAME:
+        return "late"
+    return "refused" if site in refused else "absent"
+
+
+def _privacy(
+    folder: Path, told: Mapping[str, Any], settings: Mapping[str, Scalar]
+) -> tuple[SitePrivacy, ...]:
+    calibrated = settings.get("privacy.noise-multiplier", "auto") == "auto"
+    target = _number(settings.get("privacy.target-epsilon")) if calibrated else None
+    rows = []
+    for site, row in sorted(told.get("privacy", {}).items()):
+        own = _own_cap(folder / "simulation" / "sites" / site / "site.toml")
+        epsilon = _number(row.get("epsilon"))
+        rows.append(
+            SitePrivacy(
+                site=site,
+                unit=str(row.get("unit", "none")),
+                epsilon=epsilon,
+                delta=_number(row.get("delta")),
+                noise_multiplier=_number(row.get("noise_multiplier")),
+                sample_rate=_number(row.get("sample_rate")),
+                steps=row.get("steps"),
+                cap=own if own is not None else (target if epsilon is not None else None),
+                own_cap=own is not None,
+            )
+        )
+    return tuple(rows)
+
+
+def _own_cap(site_file: Path) -> float | None:
+    """What a simulated site's own policy allows, None where it says nothing."""
+    try:
+        cap = _number(read_toml(site_file).get("policy", {}).get("max-epsilon"))
+    except ConfigError:
+        return None
+    return None if cap is None or cap == float("inf") else cap
+
+
+def _wall_s(events: Sequence[Event], summary: Mapping[str, Any], *, over: bool) -> float:
+    if over and "wall_s" in summary:
+        return float(summary["wall_s"])
+    times = [event["time"] for event in events if event["event"] != "requested"]
+    return float(times[-1] - times[0]) if times else 0.0
+
+
+def _scores(found: Mapping[str, Any] | None) -> Scores | None:
+    if not found or found.get("loss") is None:
+        return None
+    return Scores(
+        _number(found["loss"]),
+        _number(found.get("perplexity")),
+        _number(found.get("token_accuracy")),
+    )
+
+
+def _take(value: object, site: str, *, into: dict[str, float]) -> None:
+    number = _number(value)
+    if number is not None:
+        into[site] = number
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
