@@ -30,6 +30,7 @@ from server.cli_evaluate import evaluate
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
 from server.cli_release import export, release_key, verify
+from server.cli_report import report
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -222,6 +223,7 @@ def exclude(
 
 
 app.command()(evaluate)
+app.command()(report)
 app.command()(revoke)
 app.command()(renew)
 app.command()(export)

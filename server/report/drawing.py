@@ -38,17 +38,16 @@ _VARIABLES = {
 # Where a line's colour is not enough to tell it from others.
 DASHES = ("-", "--", "-.", ":")
 
-WIDTH, WIDE = 4.9, 14.9
-_HEIGHT = 3.1
-_POINTS = 72
+WIDTH, WIDE = 4.7, 15.6
+_HEIGHT = 3.2
 
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "consilium",
     # A site's name may hold a dollar sign.
     "text.parse_math": False,
-    "font.size": 10.0,
-    "axes.titlesize": 10.0,
+    "font.size": 11.0,
+    "axes.titlesize": 11.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GRID,
@@ -68,7 +67,7 @@ _STYLE: Any = {
     "text.color": INK,
     "figure.facecolor": "none",
     "legend.frameon": False,
-    "legend.fontsize": 9.0,
+    "legend.fontsize": 10.5,
     "legend.labelcolor": INK,
     "lines.linewidth": 1.9,
     "lines.markersize": 4.5,

@@ -17,6 +17,7 @@ from server.report.audit_pictures import audit_pictures
 from server.report.drawing import Picture
 from server.report.reading import RunRecord, read_run
 from server.report.run_pictures import (
+    MANY_SITES,
     cost_pictures,
     privacy_pictures,
     quality_pictures,
@@ -83,6 +84,8 @@ def _sections(run: RunRecord) -> Sequence[Section]:
     if evaluation is not None:
         quality += [groups_table(evaluation), confusion_table(evaluation)]
         quality += [federated_table(evaluation.federated)] if evaluation.federated else []
+    sites = tuple(filter(None, [sites_table(run)]))
+    many = len(run.sites) > MANY_SITES
     scope = []
     if attack is not None:
         ledger = attack.ledger
@@ -107,7 +110,8 @@ def _sections(run: RunRecord) -> Sequence[Section]:
         Section(
             "Sites",
             pictures=tuple(site_pictures(run)),
-            tables=tuple(filter(None, [sites_table(run)])),
+            tables=() if many else sites,
+            folded=sites if many else (),
         ),
         Section(
             "Cost",

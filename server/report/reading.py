@@ -137,7 +137,9 @@ def read_run(run_dir: Path) -> RunRecord:
     told = {**summary, **_told_by_history(events)} if events else summary
     entries: list[dict[str, Any]] = list(told.get("rounds", []))
     if state.kind == "finished" and summary.get("rounds"):
-        entries = list(summary["rounds"])
+        # What was spent by then is in the history alone.
+        spent = {one["round"]: one.get("privacy", {}) for one in entries}
+        entries = [{"privacy": spent.get(e["round"], {}), **e} for e in summary["rounds"]]
     sites = _all_sites(events, entries, told)
     by_round: dict[int, list[Event]] = {}
     for event in events:

@@ -9,7 +9,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from server.report.drawing import (
     AMBER,
@@ -27,10 +27,10 @@ from server.report.drawing import (
     marker,
     whole_rounds,
 )
-from server.report.reading import Presence, RunRecord, Scores
+from server.report.reading import Presence, RunRecord, Scores, SitePrivacy
 
 # More rounds, or names, than fit into a column of the page.
-_MANY_ROUNDS, _MANY_SITES = 40, 16
+_MANY_ROUNDS, MANY_SITES = 40, 16
 _PHASES = (("train", BLUE), ("wait", AMBER), ("merge", GREEN), ("evaluate", PINK))
 _PRESENCES: tuple[tuple[Presence, str, str], ...] = (
     ("took part", BLUE, ""),
@@ -124,8 +124,9 @@ def _curve(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
         axes.legend(loc="best")
     alt = f"{title} over {_last(run)} rounds"
     if points:
@@ -141,53 +142,7 @@ def privacy_pictures(run: RunRecord) -> list[Picture]:
     rows = [one for one in run.privacy if one.epsilon is not None]
     if not rows:
         return []
-    wide = len(rows) > _MANY_SITES
-    names = [one.site for one in rows]
-    spent = [one.epsilon or 0.0 for one in rows]
-    with drawing("epsilon", height=_rows_height(len(rows)), wide=wide) as canvas:
-        axes = canvas.axes
-        axes.barh(names, spent, height=0.62, color=BLUE)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        caps = [(row, one.cap, one.own_cap) for row, one in enumerate(rows) if one.cap is not None]
-        for own, color, label in (
-            (False, INK, "the run's target"),
-            (True, ORANGE, "site's own cap"),
-        ):
-            drawn = [(row, cap) for row, cap, is_own in caps if is_own == own]
-            if drawn:
-                at, caps_there = zip(*drawn, strict=True)
-                axes.vlines(
-                    caps_there,
-                    [row - 0.42 for row in at],
-                    [row + 0.42 for row in at],
-                    color=color,
-                    linewidth=2.2,
-                    label=label,
-                )
-        reach = max([*spent, *(cap for _, cap, _ in caps)])
-        for row, value in enumerate(spent):
-            axes.text(
-                value - 0.012 * reach, row, f"{value:.2f}", va="center", ha="right", color=PAPER
-            )
-        axes.set_xlim(0, 1.06 * reach)
-        axes.set_xlabel("epsilon")
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", visible=True)
-        axes.tick_params(axis="y", labelcolor=INK)
-        if caps:
-            canvas.figure.legend(loc="outside upper left", ncols=2)
-    worst = max(rows, key=lambda one: one.epsilon or 0.0)
-    found = [
-        Picture(
-            "epsilon",
-            "Epsilon spent",
-            "What each site has spent in this run, and the most it may. Smaller protects more; what its data "
-            "set has spent in other runs comes on top.",
-            f"Epsilon of {len(rows)} sites, at most {worst.epsilon:.2f} ({worst.site}).",
-            canvas.svg,
-            wide,
-        )
-    ]
+    found = [_spent(rows)]
     growth = [
         (one.number, max(known))
         for one in run.rounds
@@ -214,6 +169,69 @@ def privacy_pictures(run: RunRecord) -> list[Picture]:
             )
         )
     return found
+
+
+def _spent(rows: Sequence[SitePrivacy]) -> Picture:
+    many = len(rows) > MANY_SITES
+    names, at = [one.site for one in rows], range(len(rows))
+    spent = [one.epsilon or 0.0 for one in rows]
+    caps = [one.cap for one in rows if one.cap is not None]
+    reach = max([*spent, *caps, 0.1])
+    with drawing("epsilon", height=3.4 if many else _rows_height(len(rows)), wide=many) as canvas:
+        axes = canvas.axes
+        # Many names stand upright, so that the picture stays low.
+        bars, marks = (axes.bar, axes.hlines) if many else (axes.barh, axes.vlines)
+        bars(at, spent, 0.62, color=BLUE)
+        for own, color, label in (
+            (False, INK, "the run's target"),
+            (True, ORANGE, "site's own cap"),
+        ):
+            there = [row for row in at if rows[row].cap is not None and rows[row].own_cap == own]
+            if there:
+                marks(
+                    [rows[row].cap or 0.0 for row in there],
+                    [row - 0.42 for row in there],
+                    [row + 0.42 for row in there],
+                    color=color,
+                    linewidth=2.2,
+                    label=label,
+                )
+        if many:
+            axes.set_xticks(at, names, rotation=90)
+            axes.tick_params(axis="x", labelcolor=INK)
+            axes.set_xlim(-0.8, len(rows) - 0.2)
+            axes.set_ylim(0, 1.06 * reach)
+            axes.set_ylabel("epsilon")
+        else:
+            for row, value in enumerate(spent):
+                inside = value > 0.2 * reach
+                axes.text(
+                    value + (-0.012 if inside else 0.012) * reach,
+                    row,
+                    f"{value:.2f}",
+                    va="center",
+                    ha="right" if inside else "left",
+                    color=PAPER if inside else INK,
+                )
+            axes.set_yticks(at, names)
+            axes.tick_params(axis="y", labelcolor=INK)
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_xlim(0, 1.06 * reach)
+            axes.set_xlabel("epsilon")
+            axes.grid(axis="y", visible=False)
+            axes.grid(axis="x", visible=True)
+        if caps:
+            canvas.figure.legend(loc="outside upper left", ncols=2)
+    worst = max(rows, key=lambda one: one.epsilon or 0.0)
+    return Picture(
+        "epsilon",
+        "Epsilon spent",
+        "What each site has spent in this run, and the most it may. Smaller protects more; what its data "
+        "set has spent in other runs comes on top.",
+        f"Epsilon of {len(rows)} sites, at most {worst.epsilon:.2f} ({worst.site}).",
+        canvas.svg,
+        many,
+    )
 
 
 def site_pictures(run: RunRecord) -> list[Picture]:
@@ -481,7 +499,7 @@ def _bars(
 
 def _rows_height(rows: int) -> float:
     """Inches for so many names below each other."""
-    return max(2.2, 0.95 + 0.235 * rows)
+    return max(2.2, 1.05 + 0.25 * rows)
 
 
 def _last(run: RunRecord) -> int:

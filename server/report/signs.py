@@ -19,6 +19,8 @@ _SLOW_TIMES, _SLOW_BY_S = 3.0, 1.0
 _MISSES, _MISSED_SHARE = 2, 0.25
 # Share of the update's energy that truncation left out, in the mean of so many last rounds.
 _MUCH_DISCARDED, _LAST_ROUNDS = 0.3, 3
+# So many sites are named; the rest are counted.
+_NAMED = 4
 _CUSTOMARY_EPSILON = 8.0
 # What rounding of an accountant's search may leave over a cap.
 _CAP_TOLERANCE = 1e-3
@@ -217,12 +219,20 @@ def _refused_sites(run: RunRecord) -> Iterator[Sign]:
         for site, reason in one.reasons.items():
             if one.presence.get(site) == "refused":
                 why.setdefault(site, Counter())[reason] += 1
-    if why:
-        told = "; ".join(
-            f"{site} ({', '.join(f'{reason} in {n}' for reason, n in reasons.most_common())})"
-            for site, reasons in sorted(why.items())
-        )
-        yield Sign("Refused updates", f"Rounds went on without: {told}.")
+    if not why:
+        return
+    worst = sorted(why.items(), key=lambda item: -item[1].total())
+    told = "; ".join(
+        f"{site}: {', '.join(f'{reason} ({_rounds(n)})' for reason, n in reasons.most_common())}"
+        for site, reasons in worst[:_NAMED]
+    )
+    rest = len(worst) - _NAMED
+    more = f"; and {rest} more sites, in the table below" if rest > 0 else ""
+    yield Sign("Refused updates", f"Rounds went on without {told}{more}.")
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _truncated(run: RunRecord) -> Iterator[Sign]:

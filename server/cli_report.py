@@ -1,0 +1,48 @@
+"""`consilium server report`: a run's report, or several runs on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.cli import console
+from common.errors import ConfigError
+from common.files import write_atomically
+
+
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR...", help="Runs' folders; several are compared."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write. Default: RUN_DIR/report.html; of several, comparison.html."
+        ),
+    ] = None,
+) -> None:
+    """Write a report as one HTML file that needs no network: of a run that goes, has ended, or failed."""
+    # Only here, because it loads matplotlib.
+    from server.report.comparison import comparison_page
+    from server.report.page import REPORT_FILE, run_page
+    from server.report.reading import read_run
+
+    with console.status("Drawing the report"):
+        if len(run_dirs) == 1:
+            page = run_page(read_run(run_dirs[0]))
+            path = out or run_dirs[0] / REPORT_FILE
+        else:
+            page = comparison_page(run_dirs)
+            path = out or Path("comparison.html")
+        try:
+            write_atomically(path, page.encode())
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}); name another file with --out"
+            ) from None
+    console.print(
+        f"Wrote {path}: {len(page.encode()) / 1e6:.1f} MB, open it in a browser", soft_wrap=True
+    )
