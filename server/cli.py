@@ -30,7 +30,7 @@ from server.cli_evaluate import evaluate
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
 from server.cli_release import export, release_key, verify
-from server.cli_report import report
+from server.cli_report import report, try_report
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -91,10 +91,19 @@ app.command()(enroll)
 @app.command()
 def up(
     folder: CoordinatorDir,
+    watch_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Serve the runs' reports, live, to this user's browser on this machine; 0: on any port "
+            "that is free. Without it nothing is served.",
+            min=0,
+            max=65535,
+        ),
+    ] = None,
 ) -> None:
     """Run the coordinator: SuperLink, superexec, and whatever runs are asked for; until it is stopped."""
     set_up_logging(verbose=True)
-    run_coordinator(load_coordinator(folder))
+    run_coordinator(load_coordinator(folder), watch_port=watch_port)
     console.print(f"Stopped. The coordinator's logs: {folder / 'flower'}", soft_wrap=True)
 
 
@@ -156,9 +165,9 @@ def _follow(coordinator: Coordinator, run: RunFolder, *, title: str, folder: Pat
         raise typer.Exit(exit_code_of(state.code))
     for sentence in summary_sentences(json.loads(run.summary.read_text())):
         console.print(sentence)
-    console.print(
-        f"Wrote {run.path}: adapter/, summary.json, history.jsonl, checkpoints/", soft_wrap=True
-    )
+    wrote = ["adapter/", "summary.json", "history.jsonl", "checkpoints/"]
+    wrote += [file.name for file in [try_report(run.path)] if file is not None]
+    console.print(f"Wrote {run.path}: {', '.join(wrote)}", soft_wrap=True)
 
 
 def _say(trouble: str) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from common.cli import console
-from common.errors import ConfigError
+from common.errors import ConfigError, ConsiliumError
 from common.files import write_atomically
 
 
@@ -46,3 +47,21 @@ def report(
     console.print(
         f"Wrote {path}: {len(page.encode()) / 1e6:.1f} MB, open it in a browser", soft_wrap=True
     )
+
+
+def try_report(run_dir: Path) -> Path | None:
+    """Write a run's report and return its path; None, after a word about it, where that is not possible.
+
+    For the end of a run, which a report that cannot be drawn must not spoil.
+    """
+    # Only here, because it loads matplotlib.
+    from server.report.page import write_report
+
+    try:
+        with console.status("Drawing the report"):
+            return write_report(run_dir)
+    except (ConsiliumError, OSError) as error:
+        console.print(
+            f"[yellow]No report was written: {escape(str(error))}[/yellow]", soft_wrap=True
+        )
+        return None

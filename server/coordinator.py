@@ -5,7 +5,7 @@ DIR/ coordinator.toml   address that hospitals reach
      superexec.secret   signing.pem  roster.json  revoked.json  audit.jsonl
      launches/          UID.json and UID.toml of each run that was asked for
      flower/            FLWR_HOME: state.db, logs
-     up.lock  up.json   of `consilium server up`
+     up.lock  up.json   of `consilium server up`; watch.json where it serves reports
 """
 
 from __future__ import annotations
@@ -131,6 +131,11 @@ class Coordinator:
     def up_state(self) -> Path:
         """What `consilium server up` says of its processes."""
         return self.folder / "up.json"
+
+    @property
+    def watch_state(self) -> Path:
+        """Where `consilium server up` serves reports, while it does."""
+        return self.folder / "watch.json"
 
     @property
     def keeper_state(self) -> Path:

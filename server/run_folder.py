@@ -1,7 +1,7 @@
 """The folder that a run writes, and who may write into it.
 
 RUN_DIR/ run.toml  history.jsonl  checkpoints/round-0003/  adapter/  summary.json  evaluation.json
-and, while a round goes, incoming/
+report.html and, while a round goes, incoming/; attack.json where somebody made it
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _OWN = (
     "adapter",
     "summary.json",
     "evaluation.json",
+    "report.html",
+    "attack.json",
     EXCLUSIONS_FILE,
 )
 _LOCK_FILE = ".lock"

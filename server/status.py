@@ -6,6 +6,7 @@ says somebody lives.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from server.certificates import expires_at
 from server.coordinator import Coordinator
 from server.flower_control import NodeStatus
 from server.keeper import Submission, read_submissions
+from server.report.serving_address import page_address
 from server.run_place import Refusals, run_place
 from server.run_state import BY_ORDER
 from server.runs import AskedRun, AskedRuns
@@ -83,7 +85,8 @@ class CoordinatorStatus:
     """All of it. up: the process of `consilium server up`, null when it does not run.
 
     nodes: null when the SuperLink does not answer. certificate_until: of the SuperLink, Unix seconds, null
-    when it cannot be read. advice: what is wrong and what to do about it.
+    when it cannot be read. advice: what is wrong and what to do about it. reports: the address of the
+    page that shows the runs, "" where none is served.
     """
 
     folder: str
@@ -94,6 +97,7 @@ class CoordinatorStatus:
     runs: tuple[RunReport, ...]
     certificate_until: float | None
     advice: tuple[str, ...]
+    reports: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return it for another program to read."""
@@ -123,6 +127,7 @@ def coordinator_status(coordinator: Coordinator) -> CoordinatorStatus:
             *_advice(coordinator, up, processes, nodes, reports),
             *_certificate_advice(coordinator, until),
         ),
+        reports=_reports_address(coordinator) if up is not None else "",
     )
 
 
@@ -165,6 +170,13 @@ def _enrolled_nodes(coordinator: Coordinator) -> dict[int, str]:
         # Neither is needed to look at the rest.
         return {}
     return {node: sites[key] for key, node in nodes.items()}
+
+
+def _reports_address(coordinator: Coordinator) -> str:
+    try:
+        return page_address(int(json.loads(coordinator.watch_state.read_text())["port"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _certificate_until(coordinator: Coordinator) -> float | None:

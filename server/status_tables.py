@@ -18,6 +18,8 @@ def status_tables(status: CoordinatorStatus) -> Iterator[RenderableType]:
     up = f"up, process {status.up}" if status.up is not None else "down"
     yield Text(f"{status.folder}: {up}", style="bold")
     yield process_table(status.processes, now_s=status.time)
+    if status.reports:
+        yield Text(f"Reports: {status.reports}")
     if status.nodes is None:
         yield Text("Nodes: unknown, the SuperLink does not answer")
     elif status.nodes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.flower_process import find_command, http_answers
+from common.files import write_atomically
+from common.flower_process import find_command, free_port, http_answers
 from common.supervisor import ChildSpec, Supervisor
 from common.up import only_up
 from server.app_bundle import app_folder
@@ -16,6 +18,7 @@ from server.coordinator import Coordinator
 from server.keeper import Keeper
 from server.launch import LAUNCH_VARIABLE
 from server.membership import strike_revoked
+from server.report.serving_address import page_address
 from server.superlink_tidy import tidy_apart
 
 logger = logging.getLogger(__name__)
@@ -24,9 +27,11 @@ _PROJECT = Path(__file__).resolve().parent.parent
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def run_coordinator(coordinator: Coordinator) -> None:
+def run_coordinator(coordinator: Coordinator, *, watch_port: int | None = None) -> None:
     """Run a coordinator until a signal; every process has ended when this returns.
 
+    watch_port: of loopback, where reports are served; 0 takes a free one, None serves none: a port that
+    nobody asked for is open to nobody.
     Raises EngineError when another one runs in this folder, or when a process does not stay up.
     """
     coordinator.launches.mkdir(mode=0o700, exist_ok=True)
@@ -42,9 +47,14 @@ def run_coordinator(coordinator: Coordinator) -> None:
         tidy_apart(coordinator.superlink_database, environment=_own_code(coordinator, guard.mark))
         control = coordinator.control(mark=guard.mark)
         control.connect(coordinator.local_address, root_certificates=coordinator.ca)
-        supervisor = Supervisor(
-            coordinator_processes(coordinator), guard=guard, state_file=coordinator.up_state
-        )
+        children = coordinator_processes(coordinator)
+        coordinator.watch_state.unlink(missing_ok=True)
+        if watch_port is not None:
+            port = watch_port or free_port()
+            children.append(_reports(coordinator, port=port))
+            write_atomically(coordinator.watch_state, json.dumps({"port": port}).encode())
+            logger.info("reports at %s, for this user on this machine", page_address(port))
+        supervisor = Supervisor(children, guard=guard, state_file=coordinator.up_state)
         keeper = Keeper(coordinator, control, app_dir=app_folder(coordinator.flower_home))
         keeper.start()
         logger.info("coordinator %s, listening on %s", coordinator.folder, coordinator.bind)
@@ -52,6 +62,7 @@ def run_coordinator(coordinator: Coordinator) -> None:
             supervisor.run(on_tick=keeper.check)
         finally:
             keeper.stop()
+            coordinator.watch_state.unlink(missing_ok=True)
 
 
 def _own_code(coordinator: Coordinator, mark: Mapping[str, str]) -> dict[str, str]:
@@ -59,6 +70,18 @@ def _own_code(coordinator: Coordinator, mark: Mapping[str, str]) -> dict[str, st
     environment = coordinator.environment()
     search = [str(_PROJECT), environment.get("PYTHONPATH", "")]
     return {**environment, **mark, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+
+
+def _reports(coordinator: Coordinator, *, port: int) -> ChildSpec:
+    """Return the process that serves reports: this one never holds what draws them."""
+    words = ("--coordinator", str(coordinator.folder), "--port", str(port))
+    return ChildSpec(
+        name="reports",
+        command=(sys.executable, "-m", "server.report.serving", *words),
+        environment=_own_code(coordinator, {}),
+        log_file=coordinator.flower_home / "reports.log",
+        cwd=coordinator.flower_home,
+    )
 
 
 def probed_host(coordinator: Coordinator) -> str:

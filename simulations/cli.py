@@ -14,8 +14,10 @@ from common.cli import console
 from common.config import Scalar, flatten, load_run_config, read_toml
 from common.errors import ConfigError, EngineError, QuorumError
 from server.aggregation import METHODS
+from server.cli_report import try_report
 from server.history import Listener
 from server.progress import RunProgress
+from server.report.watching import watched
 from server.summary_text import summary_sentences
 from simulations.arms import Arm, Comparison
 from simulations.compare import run_comparison
@@ -123,6 +125,9 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Default: runs/NAME of the run.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint.")] = False,
     force: Force = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the report, live, to this user's browser.")
+    ] = False,
 ) -> None:
     """Run a federation of simulated hospitals."""
     name = _run_name(run_file)
@@ -138,13 +143,14 @@ def run(
         resume=resume,
         force=force,
     )
-    with _saved_on_interrupt(out), _progress(name, len(sources)) as listener:
-        summary = run_simulation(simulation, listener=listener)
+    with _saved_on_interrupt(out), _watched(out, watch=watch):
+        with _progress(name, len(sources)) as listener:
+            summary = run_simulation(simulation, listener=listener)
+        wrote = ["adapter/", "summary.json", "history.jsonl", "checkpoints/"]
+        wrote += [file.name for file in [try_report(out)] if file is not None]
     for sentence in summary_sentences(summary):
         console.print(sentence)
-    console.print(
-        f"Wrote {out}: adapter/, summary.json, history.jsonl, checkpoints/", soft_wrap=True
-    )
+    console.print(f"Wrote {out}: {', '.join(wrote)}", soft_wrap=True)
 
 
 @app.command()
@@ -275,6 +281,19 @@ def _compare(comparison: Comparison, *, if_cut_off: str) -> None:
 def _progress(title: str, expected_sites: int) -> Iterator[Listener]:
     with RunProgress(title, console=console, expected_sites=expected_sites) as view:
         yield view
+
+
+@contextmanager
+def _watched(out: Path, *, watch: bool) -> Iterator[None]:
+    if not watch:
+        yield
+        return
+    with watched(out) as address:
+        if address:
+            console.print(f"Watch it: {address} (as long as the run goes)", soft_wrap=True)
+        else:
+            console.print("[yellow]The report cannot be served; the run goes on[/yellow]")
+        yield
 
 
 @contextmanager

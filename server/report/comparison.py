@@ -22,7 +22,7 @@ from server.report.drawing import (
     marker,
     whole_rounds,
 )
-from server.report.page import render
+from server.report.markup import render
 from server.report.reading import RunRecord, Scores, read_run
 from server.report.signs import warning_signs
 from server.report.tables import TextTable, duration, number, size
@@ -63,7 +63,6 @@ def comparison_page(run_dirs: Sequence[Path]) -> str:
     ]
     return render(
         "comparison.html.j2",
-        live=False,
         title=f"{len(runs)} runs compared",
         outcome=_outcome(runs, names),
         pictures=[picture for picture in pictures if picture is not None],

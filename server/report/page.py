@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from common.files import write_atomically
 from server.report.audit_pictures import audit_pictures
 from server.report.drawing import Picture
+from server.report.markup import render
 from server.report.reading import RunRecord, read_run
 from server.report.run_pictures import (
     MANY_SITES,
@@ -40,8 +36,6 @@ from server.report.tables import (
 
 REPORT_FILE = "report.html"
 
-_TEMPLATES = Path(__file__).parent / "templates"
-
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -62,12 +56,12 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def run_page(run: RunRecord, *, live: bool = False) -> str:
-    """Return a run's report. live: it looks for a newer one of itself where it came from."""
+def run_page(run: RunRecord, *, version: str = "") -> str:
+    """Return a run's report. version: of a page that is served, see `render`."""
     return render(
         "run.html.j2",
         title=run.name,
-        live=live,
+        version=version,
         run=run,
         outcome=outcome(run),
         cards=cards(run),
@@ -124,39 +118,3 @@ def _sections(run: RunRecord) -> Sequence[Section]:
 
 def _has_content(section: Section) -> bool:
     return bool(section.pictures or section.tables or section.folded)
-
-
-def render(template: str, *, live: bool, **content: object) -> str:
-    """Return a page. live: it looks for a newer one of itself where it came from."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
-    script = live_script() if live else ""
-    return environment.get_template(template).render(
-        style=Markup(style), script=Markup(script), csp=policy(live=live), live=live, **content
-    )
-
-
-def live_script() -> str:
-    """Return the one script there is: of a page that is served while its run goes."""
-    return (_TEMPLATES / "live.js").read_text(encoding="utf-8").strip()
-
-
-def policy(*, live: bool) -> str:
-    """Return the page's Content-Security-Policy: no request, and no script but the one of a live page."""
-    rules = [
-        "default-src 'none'",
-        "style-src 'unsafe-inline'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-    ]
-    if live:
-        digest = base64.b64encode(hashlib.sha256(live_script().encode()).digest()).decode()
-        rules += [f"script-src 'sha256-{digest}'", "connect-src 'self'"]
-    return "; ".join(rules)

@@ -130,6 +130,7 @@ def read_run(run_dir: Path) -> RunRecord:
         raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
     folder = RunFolder(run_dir.resolve(), "")
     settings = _settings(run_dir / "run.toml")
+    uid = str(settings.get("run.uid") or summary.get("run", ""))
     held = lock_holder(run_lock(folder.path)) is not None
     events = read_events(folder.history)
     summary = _summary(folder.summary)
@@ -151,7 +152,7 @@ def read_run(run_dir: Path) -> RunRecord:
     planned = settings.get("train.rounds")
     return RunRecord(
         name=folder.path.name,
-        uid=str(settings.get("run.uid") or summary.get("run", "")),
+        uid=uid,
         folder=folder.path,
         state=state,
         settings=settings,
@@ -165,9 +166,14 @@ def read_run(run_dir: Path) -> RunRecord:
         privacy=_privacy(folder.path, told, settings),
         wall_s=_wall_s(events, summary, over=state.kind == "finished"),
         simulated=(folder.path / "simulation").is_dir(),
-        evaluation=read_evaluation(folder.path),
+        evaluation=_own(read_evaluation(folder.path), uid),
         attack=read_attack(folder.path),
     )
+
+
+def _own(evaluation: Evaluation | None, uid: str) -> Evaluation | None:
+    """An evaluation of a run that was in this folder before says nothing of this one."""
+    return None if evaluation is not None and evaluation.run not in ("", uid) else evaluation
 
 
 def _settings(path: Path) -> dict[str, Scalar]:

@@ -102,6 +102,7 @@ class Federated(_Part):
 class Evaluation(_Part):
     """The whole of evaluation.json."""
 
+    run: str = ""
     round: int | None = None
     records: int = 0
     models: EvaluatedModels = EvaluatedModels()

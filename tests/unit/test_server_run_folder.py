@@ -51,7 +51,18 @@ def test_an_empty_folder_and_one_with_strangers_files_may_be_used(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "left", ["run.toml", "history.jsonl", "checkpoints", "incoming", "adapter", "summary.json"]
+    "left",
+    [
+        "run.toml",
+        "history.jsonl",
+        "checkpoints",
+        "incoming",
+        "adapter",
+        "summary.json",
+        "report.html",
+        "evaluation.json",
+        "attack.json",
+    ],
 )
 def test_a_folder_that_holds_any_part_of_a_run_is_refused(tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("left")
