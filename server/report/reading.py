@@ -130,10 +130,10 @@ def read_run(run_dir: Path) -> RunRecord:
         raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
     folder = RunFolder(run_dir.resolve(), "")
     settings = _settings(run_dir / "run.toml")
-    uid = str(settings.get("run.uid") or summary.get("run", ""))
     held = lock_holder(run_lock(folder.path)) is not None
     events = read_events(folder.history)
     summary = _summary(folder.summary)
+    uid = str(settings.get("run.uid") or summary.get("run", ""))
     state = run_state(events, held=held)
     told = {**summary, **_told_by_history(events)} if events else summary
     entries: list[dict[str, Any]] = list(told.get("rounds", []))
