@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from client.ledger import Ledger, LedgerRow
@@ -33,7 +34,7 @@ def plan_task(task: Task, run: RunConfig, *, site: SiteConfig, ledger: Ledger) -
     run: the task's own settings, checked against the policy. Raises PrivacyError when no noise
     reaches the target.
     """
-    dp = _dp_settings(run, site=site, ledger=ledger)
+    dp = dp_settings(run, declared_size=site.data.declared_size, calibrated=ledger.calibration)
     steps = (
         GaussianSteps(dp.noise_multiplier, dp.sample_rate, run.train.local_steps)
         if dp is not None
@@ -50,17 +51,25 @@ def plan_task(task: Task, run: RunConfig, *, site: SiteConfig, ledger: Ledger) -
     return TaskPlan(run, dp, charge)
 
 
-def _dp_settings(run: RunConfig, *, site: SiteConfig, ledger: Ledger) -> DpSettings | None:
+def dp_settings(
+    run: RunConfig,
+    *,
+    declared_size: int,
+    calibrated: Callable[[str, Callable[[], float]], float] = lambda key, calibrate: calibrate(),
+) -> DpSettings | None:
+    """Return a run's noise and rate at a site of a declared size, None without protection.
+
+    calibrated: keeps what was calibrated, by its inputs.
+    Raises PrivacyError when no noise reaches the target.
+    """
     if not run.use_dp:
         return None
     privacy = run.privacy
-    rate = public_sample_rate(
-        batch_size=run.train.batch_size, declared_size=site.data.declared_size
-    )
+    rate = public_sample_rate(batch_size=run.train.batch_size, declared_size=declared_size)
     if isinstance(privacy.noise_multiplier, str):
         steps = run.total_steps
         inputs = (privacy.target_epsilon, privacy.target_delta, rate, steps, privacy.accountant)
-        noise = ledger.calibration(
+        noise = calibrated(
             repr(inputs),
             lambda: calibrate_noise(
                 target_epsilon=privacy.target_epsilon,

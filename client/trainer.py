@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from client.dp import PrivateStep, private_steps
+from client.dp import private_steps
 from client.noise import Entropy
 from client.optimizer import PlainStep, make_optimizer
 from client.sampling import (
@@ -54,6 +54,20 @@ class TrainResult:
     seconds: float
 
 
+class Step(Protocol):
+    """One optimizer step at a time: micro-batches of whole units, then the step."""
+
+    def backward(self, loss: Tensor, *, sizes: Sequence[int]) -> None:
+        """Add a micro-batch. loss: the sum of its records' losses. sizes: records of each unit."""
+
+    def finish(self) -> None:
+        """Step."""
+
+
+def _as_it_is(step: Step, model: nn.Module, optimizer: Optimizer) -> Step:
+    return step
+
+
 def train(
     model: nn.Module,
     examples: Examples,
@@ -67,6 +81,7 @@ def train(
     patients: Sequence[Sequence[int]] | None = None,
     entropy: Entropy = os.urandom,
     on_step: Callable[[int], None] = lambda step: None,
+    around: Callable[[Step, nn.Module, Optimizer], Step] = _as_it_is,
 ) -> TrainResult:
     """Train the adapter on `model` for one round, in place.
 
@@ -76,6 +91,8 @@ def train(
     patients: the places of each patient's records in `examples`; given when patients are the unit.
     entropy: source of sampling and noise under DP; a test may pass another, no configuration can.
     on_step: called after each step with its number; what it raises stops the training.
+    around: returns what takes the place of the round's step, so that an audit in a simulation can add
+    canaries and see what the step saw; no site passes one, and no configuration can.
     Raises TrainingError when there are no examples, or the adapter is not finite or did not move;
     PrivacyError when `patients` does not fit `dp`, or the model mixes records.
     """
@@ -101,7 +118,8 @@ def train(
 
     with _training_mode(model, settings, seed=mask_seed, device=device):
         optimizer = make_optimizer(model, settings, device=device)
-        with _steps(model, optimizer, settings=settings, dp=dp, entropy=entropy) as step:
+        with _steps(model, optimizer, settings=settings, dp=dp, entropy=entropy) as own_step:
+            step = around(own_step, model, optimizer)
             for index, batch in enumerate(batches):
                 learning_rate = scheduled_rate(
                     first_step + index, total_steps=total_steps, settings=settings
@@ -185,7 +203,7 @@ def _steps(
     settings: TrainSection,
     dp: DpSettings | None,
     entropy: Entropy,
-) -> Iterator[PlainStep | PrivateStep]:
+) -> Iterator[Step]:
     if dp is None:
         yield PlainStep(optimizer, batch_size=settings.batch_size)
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import binom  # type: ignore[import-untyped]
 
 # No finite number of guesses tells such an epsilon from a larger one.
 _LARGEST = 60.0
