@@ -26,6 +26,7 @@ from common.receipts import seal_receipt
 from common.records import SiteHeads
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit, take_in_heads
+from server.cli_attack import audit
 from server.cli_evaluate import evaluate
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
@@ -233,6 +234,7 @@ def exclude(
 
 app.command()(evaluate)
 app.command()(report)
+app.command()(audit)
 app.command()(revoke)
 app.command()(renew)
 app.command()(export)

@@ -20,6 +20,7 @@ from server.progress import RunProgress
 from server.report.watching import watched
 from server.summary_text import summary_sentences
 from simulations.arms import Arm, Comparison
+from simulations.cli_attack import attack
 from simulations.compare import run_comparison
 from simulations.comparison_table import comparison_table, methods_table
 from simulations.run import EngineName, Simulation, run_simulation
@@ -197,6 +198,9 @@ def compare(
         ),
         if_cut_off="continue with --resume",
     )
+
+
+app.command()(attack)
 
 
 def _methods(text: str) -> tuple[str, ...]:

@@ -9,9 +9,8 @@ is that direction, its backward pass, clipping, sum, noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +25,8 @@ from simulations.attack.guessing import Coins, Scores
 
 # A canary's gradient over the clipping norm.
 AMPLITUDE = 10.0
-# Rows of a micro-batch; each has as many floats as the adapter.
-_ROWS = 256
+# Floats of a micro-batch's rows, each of which is as wide as the adapter; and rows at most.
+_FLOATS, _ROWS = 2**24, 256
 # Beyond, rotating a layer's sides costs more than it evens out.
 _LARGEST_ROTATION = 2048
 
@@ -92,7 +91,8 @@ class GradientCanaries:
         self.coins: Coins = random.random(count) < 0.5
         self.scores: Scores = np.zeros(count)
         self._random = random
-        self._layers: list[_Layer] = []
+        self._layers: dict[str, _Layer] = {}
+        self._rows = 1
         self._included = np.flatnonzero(self.coins)
         self._samples: Iterator[list[int]] = poisson_sample(
             len(self._included),
@@ -105,50 +105,57 @@ class GradientCanaries:
         """Return a step that the canaries join, and which is watched where the optimizer takes it over."""
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._layers:
-            self._layers = self._spread(list(weights.values()))
-        modules = [model.get_submodule(name.removesuffix(".weight")) for name in weights]
-        optimizer.register_step_pre_hook(lambda *_: self._watch(list(weights.values())))
+            self._layers = self._spread(weights)
+        # A round that trains the other factor leaves these canaries out: they give away nothing then.
+        here = {name: weight for name, weight in weights.items() if name in self._layers}
+        modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in here}
+        optimizer.register_step_pre_hook(lambda *_: self._watch(here))
         return _CanaryStep(step, self, modules)
 
-    def join(self, step: Step, modules: Sequence[nn.Module]) -> None:
+    def join(self, step: Step, modules: Mapping[str, nn.Module]) -> None:
         """Add the canaries that are drawn for this step, in micro-batches."""
         drawn = np.zeros(len(self.coins), dtype=np.bool_)
         drawn[self._included[next(self._samples)]] = True
-        for layer, module in zip(self._layers, modules, strict=True):
+        for name, module in modules.items():
+            layer = self._layers[name]
             places = np.flatnonzero(drawn[layer.canaries])
-            for start in range(0, len(places), _ROWS):
-                part = places[start : start + _ROWS]
+            for start in range(0, len(places), self._rows):
+                part = places[start : start + self._rows]
                 outputs = module(layer.inputs[part].unsqueeze(1))[:, 0]
                 loss = (outputs * layer.outputs[part]).sum()
                 amplitude = AMPLITUDE * self.mechanism.max_grad_norm
                 step.backward(amplitude * loss, sizes=[1] * len(part))
 
-    def _watch(self, weights: Sequence[nn.Parameter]) -> None:
+    def _watch(self, weights: Mapping[str, nn.Parameter]) -> None:
         seen = np.zeros(len(self.coins))
         scale = self.mechanism.divisor / self.mechanism.max_grad_norm
-        for layer, weight in zip(self._layers, weights, strict=True):
-            if weight.grad is not None and len(layer.canaries):
+        for name, weight in weights.items():
+            layer = self._layers[name]
+            if weight.grad is not None:
                 products = ((layer.outputs @ weight.grad) * layer.inputs).sum(dim=1)
                 seen[layer.canaries] = scale * products.double().cpu().numpy()
         self.scores += step_evidence(seen, self.mechanism)
 
-    def _spread(self, weights: Sequence[nn.Parameter]) -> list[_Layer]:
-        ends = list(accumulate(weight.numel() for weight in weights))
-        count = len(self.coins)
-        if count > ends[-1]:
+    def _spread(self, weights: Mapping[str, nn.Parameter]) -> dict[str, _Layer]:
+        width, count = sum(weight.numel() for weight in weights.values()), len(self.coins)
+        if count > width:
             raise ValueError(
-                f"{count} canaries need as many trainable weights, and there are {ends[-1]}; ask for fewer"
+                f"{count} canaries need as many trainable weights, and there are {width}; ask for fewer"
             )
-        places = np.sort(self._random.choice(ends[-1], size=count, replace=False))
+        self._rows = max(1, min(_ROWS, _FLOATS // width))
+        places = np.sort(self._random.choice(width, size=count, replace=False))
         order = self._random.permutation(count)
-        layers = []
-        for end, weight in zip(ends, weights, strict=True):
-            start = end - weight.numel()
+        layers = {}
+        start = 0
+        for name, weight in weights.items():
+            end = start + weight.numel()
             here = np.flatnonzero((places >= start) & (places < end))
-            rows, columns = np.divmod(places[here] - start, weight.shape[1])
-            outputs = self._rotation(weight.shape[0])[rows]
-            inputs = self._rotation(weight.shape[1])[columns]
-            layers.append(_Layer(order[here], outputs.to(weight), inputs.to(weight)))
+            if len(here):
+                rows, columns = np.divmod(places[here] - start, weight.shape[1])
+                outputs = self._rotation(weight.shape[0])[rows]
+                inputs = self._rotation(weight.shape[1])[columns]
+                layers[name] = _Layer(order[here], outputs.to(weight), inputs.to(weight))
+            start = end
         return layers
 
     def _rotation(self, size: int) -> Tensor:
@@ -170,7 +177,7 @@ class _Layer:
 
 class _CanaryStep:
     def __init__(
-        self, step: Step, canaries: GradientCanaries, modules: Sequence[nn.Module]
+        self, step: Step, canaries: GradientCanaries, modules: Mapping[str, nn.Module]
     ) -> None:
         self._step = step
         self._canaries = canaries

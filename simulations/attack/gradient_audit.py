@@ -1,0 +1,70 @@
+"""The white-box audit of one site's training: canaries in its gradients, and what the steps show of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from client.noise import Entropy
+from common.lora import attached
+from common.model import BaseModel
+from common.prompts import Examples
+from server.aggregation import METHODS
+from simulations.attack.gradient_canaries import GradientCanaries, rehearse
+from simulations.attack.guessing import Audit, audit_scores, rehearsed_rule
+from simulations.attack.training import Ledger, Plan, train_twin
+
+GRADIENT_CANARIES = "gradient canaries, white box"
+
+
+def audit_gradients(
+    plan: Plan,
+    base: BaseModel,
+    examples: Examples,
+    patients: Sequence[Sequence[int]] | None,
+    *,
+    site: str,
+    ledger: Ledger,
+    at_most: int,
+    confidence: float,
+    seed: int,
+    entropy: Entropy,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Audit:
+    """Train a twin with canaries in its gradients, and return what its noisy sums give away of them.
+
+    Each canary joins each step with the chance q that a record has, so that the ledger's epsilon is its own.
+    patients, site, entropy, on_step: as `train_twin` takes them. at_most: canaries; the trainable weights
+    limit them too.
+    """
+    config, mechanism = plan.config, plan.mechanism
+    factors = METHODS[config.aggregation.method].trained(1)
+    with attached(base, config.lora, trained_factors=factors) as model:
+        width = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = min(at_most, width)
+    # Before there is a score to look at.
+    rule = rehearsed_rule(
+        lambda random: rehearse(random, canaries=count, mechanism=mechanism),
+        delta=ledger.delta,
+        confidence=confidence,
+        seed=seed,
+    )
+    watched = GradientCanaries(count, mechanism, seed=seed, entropy=entropy)
+    train_twin(
+        plan,
+        base,
+        examples,
+        patients,
+        site=site,
+        entropy=entropy,
+        around=watched.around,
+        on_step=on_step,
+    )
+    return audit_scores(
+        GRADIENT_CANARIES,
+        watched.scores,
+        watched.coins,
+        rules=[rule],
+        delta=ledger.delta,
+        ledger_epsilon=ledger.epsilon,
+        confidence=confidence,
+    )

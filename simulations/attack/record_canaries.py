@@ -1,0 +1,44 @@
+"""Records that nobody has: random made-up words, in or out of the training by a fair coin.
+
+Whether one was in shows in how far training lowered its loss, which anybody with the model and the base can
+see: the black-box auditor of Steinke et al. (2305.08846, section 6) with inputs of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.prompts import Prompt
+
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+_QUESTION_WORDS, _ANSWER_WORDS = 4, 16
+
+
+def canary_prompts(count: int, *, seed: int) -> list[Prompt]:
+    """Return so many records of random words, the same for the same seed."""
+    random = np.random.default_rng((seed, 2))
+    return [
+        Prompt(_words(random, _QUESTION_WORDS), "", _words(random, _ANSWER_WORDS) + ".")
+        for _ in range(count)
+    ]
+
+
+def fair_coins(count: int, *, seed: int, stream: int) -> np.ndarray:
+    """Return so many fair coins, (count,) bool. stream: keeps one set of coins apart from another."""
+    coins: np.ndarray = np.random.default_rng((seed, stream)).random(count) < 0.5
+    return coins
+
+
+def _words(random: np.random.Generator, count: int) -> str:
+    return " ".join(_word(random) for _ in range(count))
+
+
+def _word(random: np.random.Generator) -> str:
+    syllables = random.integers(2, 4)
+    return "".join(_one(random, _CONSONANTS) + _one(random, _VOWELS) for _ in range(syllables))
+
+
+def _one(random: np.random.Generator, letters: Sequence[str]) -> str:
+    return letters[int(random.integers(len(letters)))]
