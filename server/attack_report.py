@@ -42,9 +42,9 @@ def attack_sentences(content: Mapping[str, Any]) -> list[str]:
     planted = content["planted"]
     if planted is not None:
         sentences.append(
-            f"Planted identifiers: of {planted['planted']} made-up people the model says a number of "
-            f"{planted['reproduced']} in {planted['samples_per_prompt']} answers to each of "
-            f"{planted['prompts']} prompts, the untouched base of {planted['reproduced_by_base']}"
+            f"Planted identifiers: of {planted['planted']} made-up people, the numbers of "
+            f"{planted['reproduced']} were said in {planted['samples_per_prompt']} answers to each of "
+            f"{planted['prompts']} prompts (by the untouched base: {planted['reproduced_by_base']})"
         )
     sentences += [
         f"{audit['name']}: the training gave away more than its ledger counts (epsilon above "
@@ -99,9 +99,11 @@ def _audit_table(audits: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _membership_table(attacks: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="Was this record trained on?", header_style="bold")
+    table = Table(
+        title="Was this record trained on? By chance: AUC 0.5, found 1 %", header_style="bold"
+    )
     table.add_column("attack")
-    for name in ("members", "others", "AUC (chance 0.5)", "found at 1 % false (chance 1 %)"):
+    for name in ("members", "others", "AUC", "found at 1 % false"):
         table.add_column(name, justify="right")
     for attack in attacks:
         auc, rate = attack["auc"], attack["tpr_at_1pct_fpr"]

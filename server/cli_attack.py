@@ -26,6 +26,10 @@ def audit(
     size: Annotated[
         int, typer.Option(help="The twin's records, where the run does not tell.", min=0)
     ] = 0,
+    canaries: Annotated[
+        int | None,
+        typer.Option(help="Gradient canaries; more bound epsilon better; default: 40,000.", min=20),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the auditor's coins; never of the noise.")] = 0,
 ) -> None:
     """Attack a simulated twin of a run: bounds on epsilon, membership inference, planted identifiers.
@@ -35,6 +39,7 @@ def audit(
     attack = find_audit()
     order = order_twin(run_dir, site=site, size=size)
     with AttackProgress(console) as progress:
-        content = attack(replace(order, model=model, data=data, seed=seed, on_progress=progress))
+        order = replace(order, model=model, data=data, canaries=canaries, seed=seed)
+        content = attack(replace(order, on_progress=progress))
     say_attack(content, console)
     console.print(f"Wrote {write_attack(run_dir, content)}", soft_wrap=True)

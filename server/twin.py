@@ -28,7 +28,8 @@ class TwinOrder:
 
     config: the run's, with the noise that the site trained with. rounds: those that it trained in.
     base_digest: of the run's base model, "" when the run did not say. model: its folder, None where
-    model.name tells it. data: public records, None for made-up ones. on_progress: stage, done, of how many.
+    model.name tells it. data: public records, None for made-up ones. canaries: in gradients, at most; None
+    for as many as are usual. on_progress: stage, done, of how many.
     """
 
     run: str
@@ -39,6 +40,7 @@ class TwinOrder:
     base_digest: str = ""
     model: Path | None = None
     data: Path | None = None
+    canaries: int | None = None
     seed: int = 0
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 

@@ -174,9 +174,9 @@ def membership_attacks(
     """Return the attacks by loss and by min-k%, each as it stands and less the base's own loss."""
     scores = {
         "loss threshold": -losses.final.mean,
-        "loss threshold, less the base's": losses.base.mean - losses.final.mean,
+        "loss less base": losses.base.mean - losses.final.mean,
         "min-k%": -losses.final.least_likely,
-        "min-k%, less the base's": losses.base.least_likely - losses.final.least_likely,
+        "min-k% less base": losses.base.least_likely - losses.final.least_likely,
     }
     return tuple(
         attack_membership(name, found[twin.members], found[~twin.members], confidence=confidence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def audit_twin(order: TwinOrder) -> dict[str, Any]:
         plan=plan_twin(config, declared_size=order.declared_size, rounds=order.rounds),
         records=records,
     )
-    result = attack(target, base, effort=Effort(), seed=order.seed, on_progress=order.on_progress)
+    effort = Effort()
+    if order.canaries is not None:
+        effort = replace(effort, gradient_canaries=order.canaries)
+    result = attack(target, base, effort=effort, seed=order.seed, on_progress=order.on_progress)
     return result.as_json()
 
 

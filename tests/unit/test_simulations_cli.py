@@ -251,7 +251,7 @@ def test_compare_prints_its_table_and_what_it_wrote(
 
 
 def test_help_is_there_for_every_command(simulate: Command) -> None:
-    for command in ("init", "run", "compare"):
+    for command in ("init", "run", "compare", "attack"):
         ended = simulate(command, "--help")
         assert ended.code == 0
         assert "Usage" in ended.out
@@ -316,3 +316,28 @@ def test_a_comparison_that_is_cut_off_says_how_to_go_on(
     assert ended.code == 130
     assert f"2 runs are done in {out}/runs; continue with --resume" in ended.out
     assert simulate(*words, "--resume").code == 0
+
+
+def test_attack_says_and_writes_what_it_found(
+    simulate: Command, scenario: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    site = site_names(scenario)[1]
+    ended = simulate(
+        "attack", scenario / "run.toml", "--out", out, "--site", site, "--canaries", "300"
+    )
+    assert ended.code == 0, ended.err
+    assert _last_line(ended.out) == f"Wrote {out / 'attack.json'}"
+    content = json.loads((out / "attack.json").read_text())
+    assert content["site"] == site
+    assert content["audits"][0]["canaries"] == 300
+    assert f"simulation of site {site}, run scenario, seed 0" in ended.out
+    assert "not of this release's data" in _said(ended.out)
+
+
+def test_attack_names_the_sites_when_there_is_no_such_one(
+    simulate: Command, scenario: Path
+) -> None:
+    ended = simulate("attack", scenario / "run.toml", "--site", "oslo")
+    assert ended.code == 2
+    assert f"--site 'oslo' is none of {', '.join(site_names(scenario))}" in _said(ended.err)
