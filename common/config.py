@@ -32,7 +32,7 @@ TrainedFactors: TypeAlias = Literal["both", "a", "b"]
 
 # Sections that only the coordinator needs. Flower hands the whole run config to every ClientApp, so
 # our commands take these out and hand them to the ServerApp through its environment.
-COORDINATOR_ONLY = ("evaluation.", "export.", "checkpoint.")
+COORDINATOR_ONLY = ("evaluation.", "export.", "checkpoint.", "tracking.")
 
 # Sections of which each site is sent a signed copy in its task.
 SENT_TO_SITES = ("model.", "lora.", "data.", "train.", "privacy.", "round.")
@@ -308,6 +308,15 @@ class ExportSection(_Section):
     round: Literal["last", "best"] = "last"
 
 
+class TrackingSection(_Section):
+    """Who else is told a run's numbers, in local files; needs the extra `tracking`. Never sent to a site."""
+
+    # A folder for TensorBoard's event files, relative to RUN.toml; "" is off. Sees all runs in one page.
+    tensorboard: str = ""
+    # A folder for MLflow's database; "" is off. Finds runs by their settings, takes seconds to start.
+    mlflow: str = ""
+
+
 class RunSection(_Section):
     """The run's own identity, made by our commands."""
 
@@ -329,6 +338,7 @@ class RunConfig(_Section):
     round: RoundSection = RoundSection()
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
+    tracking: TrackingSection = TrackingSection()
     run: RunSection = RunSection()
 
     @classmethod

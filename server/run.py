@@ -29,7 +29,7 @@ from server.evaluation import evaluate
 from server.exclusions import Exclusions
 from server.export import export_adapter
 from server.global_adapter import first_adapter, merge_replies
-from server.history import History, Listener, read_events
+from server.history import Event, History, Listener, read_events
 from server.incoming import empty_incoming, incoming_folder
 from server.prepared_run import PreparedRun
 from server.result import evaluate_result, evaluated_at_sites
@@ -45,6 +45,7 @@ from server.summary import (
     new_summary,
     round_entry,
 )
+from server.tracking import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -85,23 +86,37 @@ def run_federation(
                 f"the run in {plan.folder.path} was stopped by order; `consilium server run --resume` lets "
                 "it go on"
             )
-        history = History(plan.folder.history, listener=listener)
-        try:
-            with incoming_folder(plan.folder.incoming):
-                return _run(grid, plan, history)
-        except ConsiliumError as error:
-            _note_stop(plan, history, error.code, str(error))
-            raise
-        except Exception as error:
-            if is_disk_full(error):
-                full = DiskError(
-                    f"the disk of {plan.folder.path} is full ({error}); free some space and continue with "
-                    "--resume: every round that was merged is safe"
-                )
-                _note_stop(plan, history, full.code, str(full))
-                raise full from error
-            _note_stop(plan, history, "internal", f"{type(error).__name__}: {error}")
-            raise
+        with tracked(plan.config, run_uid=plan.folder.run_uid) as track:
+            return _run_noted(grid, plan, _to_both(track, listener))
+
+
+def _to_both(first: Listener, second: Listener) -> Listener:
+    def tell(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return tell
+
+
+def _run_noted(grid: Grid, plan: RunPlan, listener: Listener) -> Summary:
+    """Run, and write down why where it stops."""
+    history = History(plan.folder.history, listener=listener)
+    try:
+        with incoming_folder(plan.folder.incoming):
+            return _run(grid, plan, history)
+    except ConsiliumError as error:
+        _note_stop(plan, history, error.code, str(error))
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            full = DiskError(
+                f"the disk of {plan.folder.path} is full ({error}); free some space and continue with "
+                "--resume: every round that was merged is safe"
+            )
+            _note_stop(plan, history, full.code, str(full))
+            raise full from error
+        _note_stop(plan, history, "internal", f"{type(error).__name__}: {error}")
+        raise
 
 
 def _note_stop(plan: RunPlan, history: History, code: str, message: str) -> None:

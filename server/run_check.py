@@ -13,6 +13,7 @@ from common.model_folder import digest_model, resolve_model
 from common.privacy import calibrate_noise, public_sample_rate
 from server.evaluation import central_files
 from server.prepared_run import PreparedRun, prepare_run
+from server.tracking import require_trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,9 @@ def check_run(
         # As the test records are found: a ServerApp's working folder is Flower's.
         path = (base_dir / questions).resolve()
         config = config.replace({"evaluation.questions": str(path)})
+    with problems.noting():
+        require_trackers(config)
+    config = _tracked_beside(config, base_dir=base_dir)
     files: list[Path] = []
     with problems.noting():
         found = central_files(config.evaluation.central_data, relative_to=base_dir)
@@ -89,6 +93,13 @@ def check_run(
         prepared = prepare_run(plain, models={model.name: model.path}, central_files=files)
         return CheckedRun(plain, model, tuple(files), prepared)
     return None
+
+
+def _tracked_beside(config: RunConfig, *, base_dir: Path) -> RunConfig:
+    """The ServerApp's working folder is Flower's, not the user's."""
+    folders = {"tracking.tensorboard": config.tracking.tensorboard}
+    folders["tracking.mlflow"] = config.tracking.mlflow
+    return config.replace({k: str((base_dir / v).resolve()) for k, v in folders.items() if v})
 
 
 def check_noise(config: RunConfig, *, smallest_size: int) -> None:

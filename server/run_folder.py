@@ -38,7 +38,7 @@ _OWN = (
 _LOCK_FILE = ".lock"
 # May differ between a run and its resumption.
 # All that a site is sent stays: a changed task would be a new one, trained and charged again.
-_MAY_CHANGE = ("federation.", "evaluation.", "checkpoint.", "export.")
+_MAY_CHANGE = ("federation.", "evaluation.", "checkpoint.", "export.", "tracking.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,12 @@ def _launch(**changes: object) -> Launch:
 
 def test_what_only_the_coordinator_needs_stays_out_of_flowers_run_config() -> None:
     shared, private = split_settings(CONFIG)
-    assert {key.split(".")[0] for key in private} == {"evaluation", "checkpoint", "export"}
+    assert {key.split(".")[0] for key in private} == {
+        "evaluation",
+        "checkpoint",
+        "export",
+        "tracking",
+    }
     assert not {key.split(".")[0] for key in shared} & {"evaluation", "checkpoint", "export"}
     assert "/secret/test.jsonl" not in shared.values()
     assert {**shared, **private} == CONFIG.flat()
