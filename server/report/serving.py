@@ -169,18 +169,25 @@ def _list_page(listed: Mapping[str, ListedRun], *, version: str) -> str:
     )
 
 
-def serve(app: Starlette, *, port: int) -> None:
-    """Serve until a signal. A port that is taken is waited for: what it shows is not worth an end."""
-    with _bound(port) as listener:
-        config = uvicorn.Config(
+def http_server(app: Starlette) -> uvicorn.Server:
+    """Return what serves an app on a socket that is bound already."""
+    return uvicorn.Server(
+        uvicorn.Config(
             app,
+            ws="none",
+            lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            lifespan="off",
         )
-        uvicorn.Server(config).run(sockets=[listener])
+    )
+
+
+def serve(app: Starlette, *, port: int) -> None:
+    """Serve until a signal. A port that is taken is waited for: what it shows is not worth an end."""
+    with _bound(port) as listener:
+        http_server(app).run(sockets=[listener])
 
 
 def _bound(port: int) -> socket.socket:

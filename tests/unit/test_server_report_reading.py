@@ -1,0 +1,114 @@
+"""What a report reads of a run's folder, whatever became of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError, DataError
+from common.locks import hold_lock
+from server.history import History
+from server.report.reading import read_run
+from server.run_folder import run_lock
+from tests.unit.fake_runs import evaluation, write_results, write_run
+
+
+def test_a_finished_run_is_read_with_who_was_missing_and_why(tmp_path: Path) -> None:
+    missing = {(1, "north"): "silent", (2, "north"): "norm", (2, "harbour"): "absent"}
+    run = read_run(write_run(tmp_path / "run", rounds=2, missing=missing))
+    assert run.state.kind == "finished"
+    assert [one.presence["north"] for one in run.rounds] == ["late", "refused"]
+    assert [one.presence["harbour"] for one in run.rounds] == ["took part", "absent"]
+    assert [dict(one.reasons) for one in run.rounds] == [{"north": "silent"}, {"north": "norm"}]
+    # 0.6 + 3 / 2 and 0.6 + 3 / 4.
+    assert [scores.loss for _, scores in run.evaluated] == pytest.approx([2.1, 1.35])
+    assert run.base is not None
+    assert run.base.loss == 3.6
+    assert run.final == run.rounds[-1].scores
+    assert run.max_epsilon == 8.0
+    # Half of the rounds: 8 / sqrt(2).
+    assert run.rounds[0].epsilon["north"] == pytest.approx(5.657, abs=1e-3)
+    assert run.rounds[0].train_loss.keys() == {"harbour", "lakeside", "st-anne"}
+    # Three of four answered in the first round, two in the second.
+    assert (run.bytes_up, run.bytes_down) == (5 * 290_000, 8 * 291_000)
+
+
+def test_a_run_of_before_the_new_fields_is_read_with_its_losses(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", old=True))
+    assert [scores.loss for _, scores in run.evaluated] == pytest.approx([2.1, 1.35, 0.975, 0.7875])
+    assert {one.learning_rate for one in run.rounds} == {None}
+    assert run.final is not None
+    assert run.final.perplexity is not None
+
+
+def test_a_run_without_a_history_is_read_from_its_summary(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "history.jsonl").unlink()
+    run = read_run(folder)
+    assert len(run.rounds) == 4
+    assert run.max_epsilon == 8.0
+
+
+def test_a_run_that_goes_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", rounds=2, planned=5, end="")
+    with hold_lock(run_lock(folder)):
+        run = read_run(folder)
+    assert run.state.kind == "running"
+    assert (len(run.rounds), run.rounds_planned) == (2, 5)
+    assert run.final == run.rounds[-1].scores
+
+
+def test_an_earlier_end_says_nothing_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """A finished run of two rounds is resumed to do more: summary.json is of before."""
+    folder = write_run(tmp_path / "run", rounds=2)
+    history = History(folder / "history.jsonl")
+    history.record("resumed", round=2, rounds=3)
+    history.record("round", round=3, loss=0.5, sites=["north"])
+    run = read_run(folder)
+    assert [one.number for one in run.rounds] == [1, 2, 3]
+    assert run.final is not None
+    assert run.final.loss == 0.5
+
+
+def test_a_simulated_sites_own_cap_is_known_and_else_the_target(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    site = folder / "simulation" / "sites" / "north"
+    site.mkdir(parents=True)
+    (site / "site.toml").write_text("[policy]\nmax-epsilon = 9.5\n")
+    caps = {one.site: (one.cap, one.own_cap) for one in read_run(folder).privacy}
+    assert caps["north"] == (9.5, True)
+    assert caps["harbour"] == (8.0, False)
+
+
+def test_an_evaluation_of_another_run_in_the_folder_is_not_shown(tmp_path: Path) -> None:
+    folder = write_results(write_run(tmp_path / "run"))
+    assert read_run(folder).evaluation is not None
+    (folder / "evaluation.json").write_text(json.dumps({**evaluation(), "run": "another"}))
+    assert read_run(folder).evaluation is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("evaluation.json", "{", "evaluation.json cannot be read as JSON"),
+        (
+            "attack.json",
+            '{"audits": [{"canaries": 3}]}',
+            r"malformed at audits.0.name; .* server audit",
+        ),
+    ],
+)
+def test_what_is_damaged_is_named_with_the_remedy(
+    tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_run(folder)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run; give the folder that --out named"):
+        read_run(tmp_path)
