@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install dev demo test check proto bench-simulation bench-dp bench-rounds bench-aggregation bench-dropout chaos-long clean
+.PHONY: help install dev demo test check proto bench-simulation bench-dp bench-rounds bench-aggregation bench-dropout chaos-long report-picture clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-18s %s\n", $$1, $$2}'
@@ -65,6 +65,10 @@ bench-dropout: $(VENV)/installed-dev ## 20 sites, 30 % of which fail in each rou
 chaos-long: $(VENV)/installed-dev ## kill -9 at every point and of every process, again and again: about an hour
 	$(BIN)/python -m tests.chaos.long
 	CONSILIUM_LONG=1 $(BIN)/pytest tests/chaos/test_half_open.py tests/chaos/test_full_disk_deployed.py
+
+report-picture: $(VENV)/installed-dev ## The README's picture: the report of the demo's run with DP (wants chromium)
+	$(BIN)/consilium demo --force
+	$(BIN)/python -m tests.report_picture runs/demo/runs/seed-0/federated-with-DP deploy/pictures/report.png
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

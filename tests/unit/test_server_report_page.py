@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from common.config import read_toml
 from common.errors import ConfigError
 from server.cli import app
 from server.report.comparison import MOST_RUNS, comparison_page, distinct_names
@@ -194,6 +195,17 @@ def test_only_a_command_that_draws_loads_matplotlib() -> None:
         "sys.exit(' '.join({'matplotlib'} & set(sys.modules)) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_pages_are_made_of_is_installed_with_them() -> None:
+    checkout = Path(__file__).parents[2]
+    patterns = read_toml(checkout / "pyproject.toml")["tool"]["setuptools"]["package-data"][
+        "server"
+    ]
+    shipped = {path for pattern in patterns for path in (checkout / "server").glob(pattern)}
+    made_of = set((checkout / "server" / "report" / "templates").iterdir())
+    assert len(made_of) >= 5
+    assert made_of <= shipped
 
 
 def test_sites_are_told_in_the_order_of_their_names(full: str) -> None:

@@ -123,12 +123,35 @@ def test_run_ends_by_saying_what_it_wrote_and_where(
     ended = simulate("run", scenario / "run.toml", "--out", out, "--set", "train.local-steps=1")
     assert ended.code == 0, ended.err
     assert _last_line(ended.out) == (
-        f"Wrote {out}: adapter/, summary.json, history.jsonl, checkpoints/"
+        f"Wrote {out}: adapter/, summary.json, history.jsonl, checkpoints/, report.html"
     )
+    assert "Two sites trained together for 2 rounds" in (out / "report.html").read_text()
     summary = json.loads((out / "summary.json").read_text())
     assert f"-> {summary['central']['final']['loss']:.3f}" in ended.out
     assert "Trained without differential privacy" in ended.out
     assert {row["steps"] for row in summary["privacy"].values()} == {2}
+
+
+def test_a_report_that_cannot_be_drawn_does_not_spoil_the_run(
+    simulate: Command, scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run_dir: Path) -> Path:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("server.report.page.write_report", fail)
+    ended = simulate("run", scenario / "run.toml", "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "No report was written: no space left" in ended.out
+    assert _last_line(ended.out).endswith("checkpoints/")
+
+
+def test_a_watched_run_says_where_and_ends_as_any_other(
+    simulate: Command, scenario: Path, tmp_path: Path
+) -> None:
+    ended = simulate("run", scenario / "run.toml", "--out", tmp_path / "out", "--watch")
+    assert ended.code == 0, ended.err
+    assert "Watch it: http://127.0.0.1:" in ended.out
+    assert _last_line(ended.out).endswith("report.html")
 
 
 def test_private_run_states_epsilon_and_delta(
