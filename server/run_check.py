@@ -15,6 +15,9 @@ from server.evaluation import central_files
 from server.prepared_run import PreparedRun, prepare_run
 from server.tracking import require_trackers
 
+# Keys that name a file or a folder which is read or written while the run goes.
+_PLACES = ("evaluation.questions", "tracking.tensorboard", "tracking.mlflow")
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModelFolder:
@@ -76,14 +79,9 @@ def check_run(
                 "aggregation.method; take them out of RUN.toml"
             )
         )
-    questions = config.evaluation.questions
-    if questions:
-        # As the test records are found: a ServerApp's working folder is Flower's.
-        path = (base_dir / questions).resolve()
-        config = config.replace({"evaluation.questions": str(path)})
     with problems.noting():
         require_trackers(config)
-    config = _tracked_beside(config, base_dir=base_dir)
+    config = _with_places(config, base_dir=base_dir)
     files: list[Path] = []
     with problems.noting():
         found = central_files(config.evaluation.central_data, relative_to=base_dir)
@@ -95,11 +93,10 @@ def check_run(
     return None
 
 
-def _tracked_beside(config: RunConfig, *, base_dir: Path) -> RunConfig:
-    """The ServerApp's working folder is Flower's, not the user's."""
-    folders = {"tracking.tensorboard": config.tracking.tensorboard}
-    folders["tracking.mlflow"] = config.tracking.mlflow
-    return config.replace({k: str((base_dir / v).resolve()) for k, v in folders.items() if v})
+def _with_places(config: RunConfig, *, base_dir: Path) -> RunConfig:
+    """Make paths of the coordinator's own absolute: a ServerApp's working folder is Flower's."""
+    named = {key: str(config.flat()[key]) for key in _PLACES}
+    return config.replace({k: str((base_dir / v).resolve()) for k, v in named.items() if v})
 
 
 def check_noise(config: RunConfig, *, smallest_size: int) -> None:
