@@ -2,20 +2,21 @@
 
 What leaves is six numbers: how many records and answer tokens, and of both models the sum of losses and the
 count of tokens that were right. No epsilon covers them. So they leave only where policy.release-metrics says
-"evaluation", over records that are not trained on and not too few, and once for each run that this site
-trained in: with an adapter of its own making and many questions, a coordinator could ask for one record.
+"evaluation", over records that are not trained on and not too few, once for each run that this site trained
+in, and for so many runs in all: with an adapter of its own making and many questions, a coordinator could ask
+for one record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
+from client.egress import check_numbers
+from client.evaluations import Evaluations
 from client.examples import ExampleStore
 from client.gate import Gate
 from client.ledger import Ledger
-from client.policy import check_run_uid
 from client.site_config import SiteConfig
 from client.training import open_adapter
 from client.turn import Caller, Turn
@@ -23,7 +24,7 @@ from common.adapter import AdapterState
 from common.audit_log import AuditLog
 from common.config import RunConfig
 from common.errors import PolicyError
-from common.files import Buffer, write_atomically
+from common.files import Buffer
 from common.lora import carrying
 from common.metrics import TokenSums
 from common.model import choose_device, load_base
@@ -35,7 +36,7 @@ _BATCH_SIZE = 16
 
 
 class Evaluator:
-    """One site's evaluations. folder: where the one of each run is noted, by the run's name."""
+    """One site's evaluations."""
 
     def __init__(
         self,
@@ -45,14 +46,14 @@ class Evaluator:
         ledger: Ledger,
         audit: AuditLog,
         turn: Turn,
-        folder: Path,
+        evaluations: Evaluations,
     ) -> None:
         self._config = config
         self._gate = gate
         self._ledger = ledger
         self._audit = audit
         self._turn = turn
-        self._folder = folder
+        self._evaluations = evaluations
         self._store = ExampleStore(config)
 
     def count(
@@ -61,11 +62,11 @@ class Evaluator:
         """Return the sums that a task asks for, the same when the same task is asked again.
 
         incoming: the adapter that came with it. signer: the coordinator's key. ends_s: when its time is over
-        (time.monotonic). Raises PolicyError for a second evaluation of a run or for too few records, and
-        ConsiliumError as for training.
+        (time.monotonic). Raises PolicyError for a second evaluation of a run, one too many in all, or too few
+        records, and ConsiliumError as for training.
         """
         plan = self._gate.consider(task, signer=signer)
-        self._check_first(task)
+        self._find(task)
         adapter = open_adapter(
             incoming,
             shape=self._gate.incoming_shape(plan, base_digest=task.base_digest),
@@ -74,9 +75,11 @@ class Evaluator:
         with self._turn.take(task, ends_s=ends_s, caller=caller) as on_step:
             # While it waited, the hospital may have declined, or another evaluation been answered.
             self._gate.consider(task, signer=signer)
-            self._check_first(task)
-            self._note(task)
-            numbers = self._sums(task, plan.run, adapter, on_step)
+            numbers = self._find(task)
+            if numbers is None:
+                self._note(task)
+                numbers = self._leaving(self._sums(task, plan.run, adapter, on_step))
+                self._evaluations.keep(task, numbers)
             self._gate.consider(task, signer=signer)
         return numbers
 
@@ -84,23 +87,23 @@ class Evaluator:
         """Let the test records leave the memory."""
         self._store.forget()
 
-    def _check_first(self, task: Task) -> None:
+    def _find(self, task: Task) -> dict[str, float] | None:
+        """Return what the task was answered before, None where it may be counted now."""
         if not self._ledger.has_run(task.run_uid):
             raise PolicyError(
                 f"run {task.run_uid} has trained nothing here: only models that this site helped to make are "
                 "measured on its records"
             )
-        path = self._path(task)
-        if path.exists() and path.read_text(encoding="ascii") != task.task_id:
-            raise PolicyError(
-                f"run {task.run_uid} was evaluated here before, and once is all that a run gets: sums over "
-                "the same records under many adapters would tell of single ones"
-            )
+        return self._evaluations.find(task)
+
+    def _leaving(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums as they may leave: what is kept need not be more exact."""
+        policy = self._config.policy
+        return check_numbers(sums, released=policy.release_metrics, digits=policy.metric_digits)
 
     def _note(self, task: Task) -> None:
         """Write down, before any record is read, that this run has had its evaluation."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        write_atomically(self._path(task), task.task_id.encode("ascii"), mode=0o600)
+        self._evaluations.note(task)
         self._audit.append(
             "evaluating",
             task_id=task.task_id,
@@ -143,6 +146,3 @@ class Evaluator:
             "evaluation-base-nll": untouched.nll,
             "evaluation-base-correct": untouched.correct,
         }
-
-    def _path(self, task: Task) -> Path:
-        return self._folder / check_run_uid(task.run_uid)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from client.approvals import Approvals
 from client.cost import RunCost, Speeds
+from client.evaluations import Evaluations
 from client.evaluator import Evaluator
 from client.examples import LocalExamples
 from client.gate import Gate
@@ -109,7 +110,7 @@ class Site:
             ledger=self.ledger,
             audit=self.audit,
             turn=self._turn,
-            folder=state / "evaluations",
+            evaluations=Evaluations(state / "evaluations", most=config.policy.max_evaluations),
         )
         self._one_output = OneOutput(
             config,

@@ -121,6 +121,9 @@ class PolicySection(TomlSection):
     release_metrics: tuple[Literal["train-loss", "train-seconds", "evaluation"], ...] = ()
     # Fewer test records are not counted for anybody: the sum of a few is nearly one record's own.
     min_evaluation_records: int = Field(50, ge=1)
+    # Runs that may have an evaluation, over all coordinators, for good. Each is one more question about the
+    # same records, and a run that trains next to nothing costs next to no epsilon.
+    max_evaluations: int = Field(20, ge=0)
     # Significant digits of every number of `release-metrics` that leaves: fewer say less of a record.
     metric_digits: int = Field(3, ge=1, le=17)
     # Euclidean norm of all tensors of an outgoing adapter together. A trained one is far below it; one

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from client.turn import Caller
 from common.audit_log import read_audit_log
+from common.errors import CancelledError
 from common.lora import carrying
 from common.metrics import TokenSums
 from common.model import choose_device, load_base
@@ -125,6 +127,57 @@ def test_the_same_evaluation_may_be_asked_again_and_no_other(
     refused = _answer(other, other.task(3, kind="evaluate"))
     assert (refused.error_code, dict(refused.numbers)) == ("policy", {})
     assert _answer(hospital, hospital.task(2, kind="evaluate")).error_code == "policy"
+
+
+def test_asked_again_after_the_records_changed_the_answer_is_the_first_one(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = _trained(_hospital(tmp_path, tiny_model_dir))
+    first = _answer(hospital, hospital.task(3, kind="evaluate"))
+    records = hospital.folder / "records.jsonl"
+    new = {"instruction": "What of case 99?", "output": "Case 99 is ill.", "split": "test"}
+    records.write_text(records.read_text() + json.dumps(new) + "\n")
+    again = _answer(hospital, hospital.task(3, kind="evaluate", attempt=2))
+    # Else the difference is case 99.
+    assert dict(again.numbers) == dict(first.numbers)
+    assert _events(hospital).count("evaluating") == 1
+
+
+def test_one_that_was_cut_short_is_counted_when_asked_again(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = _trained(_hospital(tmp_path, tiny_model_dir))
+
+    def gone(step: int) -> None:
+        raise CancelledError("cut short")
+
+    task = hospital.task(3, kind="evaluate")
+    hospital.open().answer(hospital.seal(task), caller=Caller(on_step=gone))
+    assert _events(hospital)[-2:] == ["evaluating", "refused"]
+    assert _answer(hospital, hospital.task(3, kind="evaluate")).numbers["evaluation-records"] == 6
+
+
+def test_no_more_runs_are_evaluated_than_the_policy_says(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = _hospital(tmp_path, tiny_model_dir, policy={**ALLOWED, "max-evaluations": 2})
+    # Runs of next to no epsilon.
+    cheap = {"privacy.noise-multiplier": 1000.0, "train.local-steps": 1, "train.batch-size": 1}
+    codes = []
+    for run_uid in ("a", "b", "c"):
+        assert _answer(hospital, hospital.task(1, run_uid=run_uid, settings=cheap)).error_code == ""
+        task = hospital.task(1, run_uid=run_uid, settings=cheap, kind="evaluate")
+        codes.append(_answer(hospital, task).error_code)
+    assert codes == ["", "", "policy"]
+    again = hospital.task(1, run_uid="b", settings=cheap, kind="evaluate")
+    assert _answer(hospital, again).error_code == ""
+
+
+def test_a_damaged_note_gives_no_second_evaluation(tmp_path: Path, tiny_model_dir: Path) -> None:
+    hospital = _trained(_hospital(tmp_path, tiny_model_dir))
+    _answer(hospital, hospital.task(3, kind="evaluate"))
+    (hospital.folder / "state" / "evaluations" / "run-1").write_text("x")
+    assert _answer(hospital, hospital.task(3, kind="evaluate")).error_code == "config"
 
 
 def test_nothing_is_counted_for_a_run_that_trained_nothing_here(
