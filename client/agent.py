@@ -206,7 +206,8 @@ class Agent:
         cancelled = threading.Event()
 
         def begin(task: Task) -> None:
-            steps = int(task.config.get("train.local-steps", 0))
+            trains = task.kind == "train"
+            steps = int(task.config.get("train.local-steps", 0)) if trains else 0
             self._work = _Work(task.run_uid, task.server_round, steps, time.time(), cancelled)
 
         def step_done(step: int) -> None:

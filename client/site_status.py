@@ -150,10 +150,9 @@ def _agent_rows(agent: AgentReport, *, now_s: float) -> Iterator[tuple[str, str]
     yield "agent", f"process {agent.pid}, for {in_words(now_s - agent.since)}, {answered}"
     yield "model", f"{agent.base[:16]}... in memory" if agent.base else "none in memory"
     if agent.run:
-        yield (
-            "training",
-            f"run {agent.run[:8]}, round {agent.round}, step {agent.step} of {agent.steps}",
-        )
+        # An evaluation has no steps that were asked for.
+        place = f"step {agent.step} of {agent.steps}" if agent.steps else f"test batch {agent.step}"
+        yield "training", f"run {agent.run[:8]}, round {agent.round}, {place}"
     else:
         yield "training", "nothing"
 
