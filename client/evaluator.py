@@ -9,8 +9,10 @@ for one record.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 
 from client.egress import check_numbers
 from client.evaluations import Evaluations
@@ -18,7 +20,7 @@ from client.examples import ExampleStore
 from client.gate import Gate
 from client.ledger import Ledger
 from client.site_config import SiteConfig
-from client.training import open_adapter
+from client.training import Workbench, open_adapter
 from client.turn import Caller, Turn
 from common.adapter import AdapterState
 from common.audit_log import AuditLog
@@ -27,12 +29,11 @@ from common.errors import PolicyError
 from common.files import Buffer
 from common.lora import carrying
 from common.metrics import TokenSums
-from common.model import choose_device, load_base
 from common.record_sums import record_sums
 from common.records import Task
 
-# Records per forward pass; it changes nothing but memory.
-_BATCH_SIZE = 16
+# Records per forward pass, where as many fit into memory for training; it changes nothing but memory.
+_MAX_BATCH_SIZE = 16
 
 
 class Evaluator:
@@ -46,6 +47,7 @@ class Evaluator:
         ledger: Ledger,
         audit: AuditLog,
         turn: Turn,
+        workbench: Workbench,
         evaluations: Evaluations,
     ) -> None:
         self._config = config
@@ -53,6 +55,7 @@ class Evaluator:
         self._ledger = ledger
         self._audit = audit
         self._turn = turn
+        self._workbench = workbench
         self._evaluations = evaluations
         self._store = ExampleStore(config)
 
@@ -117,26 +120,33 @@ class Evaluator:
     ) -> dict[str, float]:
         config = self._config
         split = config.data.evaluation_split
-        if split == run.data.split:
+        # "" trains on the rows of every split.
+        if run.data.split in (split, ""):
             raise PolicyError(
-                f"data.evaluation-split = {split!r} is what this run trained on; name another split"
+                f"data.evaluation-split = {split!r} is part of what this run trained on (data.split = "
+                f"{run.data.split!r}); only records of another split are counted"
             )
-        base = load_base(
-            config.models[run.model.name],
-            run.model,
-            device=choose_device(config.device.name),
-            expected_digest=task.base_digest,
-        )
-        examples = self._store.load(base, run, test_split=split).examples
+        base = self._workbench.load(task, run)
+        local = self._store.load(base, run, test_split=split)
+        examples, patients = local.examples, local.patients
         fewest = config.policy.min_evaluation_records
-        if len(examples) < fewest:
+        if len(examples if patients is None else patients) < fewest:
+            of = "" if patients is None else f" of {len(patients)} patients"
             raise PolicyError(
                 f"policy.min-evaluation-records = {fewest}: split {split!r} has {len(examples)} usable "
-                "records"
+                f"records{of}"
             )
-        before = record_sums(base.model, base, examples, batch_size=_BATCH_SIZE, on_batch=on_step)
+        steps = itertools.count(1)
+        count_in = partial(
+            record_sums,
+            base=base,
+            examples=examples,
+            batch_size=min(run.train.micro_batch_size, _MAX_BATCH_SIZE),
+            on_batch=lambda done: on_step(next(steps)),
+        )
+        before = count_in(base.model)
         with carrying(base, run.lora, adapter) as model:
-            after = record_sums(model, base, examples, batch_size=_BATCH_SIZE, on_batch=on_step)
+            after = count_in(model)
         untouched, result = TokenSums.total(before), TokenSums.total(after)
         return {
             "evaluation-records": len(examples),

@@ -47,10 +47,12 @@ class ExampleStore:
     def load(self, base: BaseModel, run: RunConfig, *, test_split: str = "") -> LocalExamples:
         """Return the records as tokens of `base`. Raises DataError without a word of any record.
 
-        test_split: of this split in place of the run's, which every record must then name.
+        test_split: of this split in place of the run's, which every record must then name; grouped by patient
+        where patients are the data set's own unit.
         """
         data = run.data
-        by_patient = run.privacy.unit == "patient" and not test_split
+        unit = self._config.data.unit if test_split else run.privacy.unit
+        by_patient = unit == "patient"
         key = (
             data.prompt_template, data.max_length, test_split or data.split, base.digest, by_patient,
             self._modified_ns(),

@@ -110,6 +110,7 @@ class Site:
             ledger=self.ledger,
             audit=self.audit,
             turn=self._turn,
+            workbench=self._workbench,
             evaluations=Evaluations(state / "evaluations", most=config.policy.max_evaluations),
         )
         self._one_output = OneOutput(

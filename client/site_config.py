@@ -54,7 +54,7 @@ class DataSection(TomlSection):
     patient_id: str = ""
     # The rows of this split, never trained on, are what a coordinator may have counted (release-metrics
     # "evaluation"). The site says which they are, no task does.
-    evaluation_split: str = "test"
+    evaluation_split: str = Field("test", min_length=1)
     # The delta at which this data set's lifetime epsilon is counted.
     delta: float = Field(1e-5, gt=0, lt=1)
     # Direct identifiers that are replaced while records are read.
@@ -119,7 +119,8 @@ class PolicySection(TomlSection):
     # Numbers that may leave beside the adapter. "train-loss" is outside epsilon: it speaks of the
     # records themselves. So does "evaluation": sums of losses and counts over the test records, once a run.
     release_metrics: tuple[Literal["train-loss", "train-seconds", "evaluation"], ...] = ()
-    # Fewer test records are not counted for anybody: the sum of a few is nearly one record's own.
+    # Fewer test records, or patients where unit = "patient", are not counted for anybody: the sum of a few is
+    # nearly one's own.
     min_evaluation_records: int = Field(50, ge=1)
     # Runs that may have an evaluation, over all coordinators, for good. Each is one more question about the
     # same records, and a run that trains next to nothing costs next to no epsilon.

@@ -24,7 +24,7 @@ from common.errors import ShapeError, SignatureError, TrainingError
 from common.files import Buffer
 from common.frozen_part import split_adapter, untrained_tensors
 from common.lora import attached, read_adapter, shape_of, write_adapter
-from common.model import choose_device, load_base, release_base
+from common.model import BaseModel, choose_device, load_base, release_base
 from common.planned_model import PlannedModel
 from common.records import Task
 
@@ -67,6 +67,17 @@ class Workbench:
         release_base()
         self._loaded = ""
 
+    def load(self, task: Task, run: RunConfig) -> BaseModel:
+        """Return the base model that a task names; in memory until `release`. Raises as `load_base`."""
+        base = load_base(
+            self._config.models[run.model.name],
+            run.model,
+            device=choose_device(self._config.device.name),
+            expected_digest=task.base_digest,
+        )
+        self._loaded = base.digest
+        return base
+
     def train(
         self,
         task: Task,
@@ -82,13 +93,7 @@ class Workbench:
         on_step: is told each step done. Raises ConsiliumError.
         """
         config, policy = self._config, self._config.policy
-        base = load_base(
-            config.models[run.model.name],
-            run.model,
-            device=choose_device(config.device.name),
-            expected_digest=task.base_digest,
-        )
-        self._loaded = base.digest
+        base = self.load(task, run)
         rank, factors = run.lora.rank, run.round.trained_factors
         trained, frozen = (None, None) if incoming is None else split_adapter(incoming, rank=rank)
         with attached(base, run.lora, trained_factors=factors, frozen=frozen) as model:

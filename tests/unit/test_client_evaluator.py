@@ -11,7 +11,7 @@ import pytest
 
 from client.turn import Caller
 from common.audit_log import read_audit_log
-from common.errors import CancelledError
+from common.errors import CancelledError, ConfigError
 from common.lora import carrying
 from common.metrics import TokenSums
 from common.model import choose_device, load_base
@@ -39,7 +39,11 @@ def _hospital(
 ) -> Hospital:
     hospital = make_hospital(tmp_path / "north", model_dir, policy=policy, data=data)
     rows = [
-        json.dumps({"instruction": f"What of case {i}?", "output": f"Case {i} is well.", **split})
+        json.dumps(
+            {"instruction": f"What of case {i}?", "output": f"Case {i} is well.", **split}
+            # The test records are of two patients.
+            | {"patient": f"p{i if i < 12 else i % 2}"}
+        )
         for i, split in enumerate(
             [{"split": "train"} if with_split else {}] * 12
             + [{"split": "test"} if with_split else {}] * num_test
@@ -195,6 +199,7 @@ def test_nothing_is_counted_for_a_run_that_trained_nothing_here(
         ({"policy": {**ALLOWED, "release-metrics": ["train-loss"]}}, "policy.release-metrics"),
         ({"policy": {**ALLOWED, "min-evaluation-records": 7}}, "min-evaluation-records = 7"),
         ({"data": {"evaluation-split": "train"}}, "what this run trained on"),
+        ({"data": {"unit": "patient", "patient-id": "patient"}}, "6 usable records of 2 patients"),
         ({"data": {"evaluation-split": "val"}}, "none of them of split 'val'"),
         ({"with_split": False}, "no column 'split'"),
     ],
@@ -206,11 +211,46 @@ def test_what_the_site_did_not_allow_or_cannot_tell_is_refused(
     said: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    hospital = _trained(_hospital(tmp_path, tiny_model_dir, **change))
-    reply = _answer(hospital, hospital.task(3, kind="evaluate"))
+    hospital = _hospital(tmp_path, tiny_model_dir, **change)
+    unit = change.get("data", {}).get("unit", "record")
+    settings = {"privacy.unit": unit, "privacy.noise-multiplier": 100.0}
+    assert _answer(hospital, hospital.task(1, settings=settings)).error_code == ""
+    reply = _answer(hospital, hospital.task(3, kind="evaluate", settings=settings))
     assert reply.error_code in ("policy", "data")
     assert dict(reply.numbers) == {}
     assert said in caplog.text
+
+
+def test_a_run_that_trained_on_every_split_is_not_evaluated(
+    tmp_path: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hospital = _hospital(tmp_path, tiny_model_dir)
+    every = {"data.split": ""}
+    assert _answer(hospital, hospital.task(1, settings=every)).error_code == ""
+    reply = _answer(hospital, hospital.task(3, kind="evaluate", settings=every))
+    assert (reply.error_code, dict(reply.numbers)) == ("policy", {})
+    assert "what this run trained on" in caplog.text
+
+
+def test_a_site_must_name_the_split_that_is_counted(tmp_path: Path, tiny_model_dir: Path) -> None:
+    # "" would take the split that the task names.
+    hospital = _hospital(tmp_path, tiny_model_dir, data={"evaluation-split": ""})
+    with pytest.raises(ConfigError, match="evaluation-split"):
+        hospital.open()
+
+
+def test_the_model_is_known_to_be_in_memory_and_every_batch_is_told(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = _trained(_hospital(tmp_path, tiny_model_dir))
+    site, told = hospital.open(), list[int]()
+    assert site.loaded_base == ""
+    task = hospital.task(3, kind="evaluate", settings={"train.micro-batch-size": 4})
+    site.answer(hospital.seal(task), caller=Caller(on_step=told.append))
+    # Six records of two models: no more at once than training holds.
+    assert told == [1, 2, 3, 4]
+    # Else the agent would never let it go.
+    assert site.loaded_base == hospital.base_digest
 
 
 def test_a_declined_run_is_not_evaluated(tmp_path: Path, tiny_model_dir: Path) -> None:
