@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # More than any model's vocabulary is worth: ln(2^40).
 _MAX_NATS = 28.0
+# More test records than any hospital has. Sums of them cannot overflow where those of all sites are added.
+_MAX_RECORDS = 1e8
 
 
 def evaluate_at_sites(
@@ -87,13 +89,14 @@ def _sums_in(answer: Answer, run: RunContext) -> SiteSums:
     reply = verified_reply(envelope, task=task, site=task.site, roster=roster)
     run.audit.replied(reply, task=task, size_bytes=envelope.size_bytes, seen=task.seen)
     screen_reply(reply)
-    return screen_sums(reply)
+    return screen_sums(reply, max_length=run.config.data.max_length)
 
 
-def screen_sums(reply: Reply) -> SiteSums:
+def screen_sums(reply: Reply, *, max_length: int) -> SiteSums:
     """Return the sums in a reply. Raises ScreeningError "sums" for what no counting gives.
 
-    Counts come rounded to policy.metric-digits, so they are held against each other loosely.
+    max_length: of a record, in tokens. Counts come rounded to policy.metric-digits, so they are held against
+    each other loosely.
     """
     numbers = reply.numbers
     names = ("records", "tokens", "nll", "correct", "base-nll", "base-correct")
@@ -104,8 +107,8 @@ def screen_sums(reply: Reply) -> SiteSums:
         numbers[f"evaluation-{name}"] for name in names
     )
     possible = (
-        records >= 1
-        and tokens >= 1
+        1 <= records <= _MAX_RECORDS
+        and 1 <= tokens <= 2 * records * max_length
         and all(0 <= count <= 1.1 * tokens for count in (correct, base_correct))
         and all(0 <= total <= _MAX_NATS * tokens for total in (nll, base_nll))
     )

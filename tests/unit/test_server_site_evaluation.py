@@ -11,6 +11,7 @@ import pytest
 from common.audit_log import read_audit_log
 from common.errors import ScreeningError
 from common.records import Reply
+from server.evaluation import AtSites
 from server.history import read_events
 from server.site_evaluation import screen_sums
 from tests.unit.scenarios import run, site_names, write_scenario
@@ -33,7 +34,7 @@ def _reply(**changes: float) -> Reply:
 
 
 def test_sums_become_metrics_by_hand() -> None:
-    found = screen_sums(_reply()).as_json()
+    found = screen_sums(_reply(), max_length=20).as_json()
     assert found["loss"] == pytest.approx(1.5)
     assert found["token_accuracy"] == pytest.approx(0.6)
     assert found["base_loss"] == pytest.approx(3.5)
@@ -46,6 +47,9 @@ def test_sums_become_metrics_by_hand() -> None:
     [
         {"records": 0.0},
         {"tokens": 0.0},
+        # Ten records hold 200 tokens at most; a digit of rounding may double that.
+        {"tokens": 500.0},
+        {"records": 1e308, "tokens": 1e308, "nll": 1.7e308},
         {"nll": -1.0},
         {"nll": 1e9},
         {"base_nll": 1e9},
@@ -55,13 +59,19 @@ def test_sums_become_metrics_by_hand() -> None:
 )
 def test_sums_that_no_counting_gives_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ScreeningError, match="sums that no counting gives"):
-        screen_sums(_reply(**changes))
+        screen_sums(_reply(**changes), max_length=20)
+
+
+def test_the_largest_sums_that_pass_can_be_added_up() -> None:
+    most = _reply(records=1e8, tokens=2e14, nll=28 * 2e14, base_nll=28 * 2e14)
+    found = screen_sums(most, max_length=10**6)
+    assert AtSites({"north": found, "south": found}, {}).as_json()["all"]["records"] == 2 * 10**8
 
 
 def test_sums_of_which_one_is_missing_are_refused() -> None:
     numbers = {name: value for name, value in SUMS.items() if name != "evaluation-base-nll"}
     with pytest.raises(ScreeningError, match="no evaluation-base-nll"):
-        screen_sums(Reply("north", "run-1", 3, 1, "0" * 64, numbers=numbers))
+        screen_sums(Reply("north", "run-1", 3, 1, "0" * 64, numbers=numbers), max_length=20)
 
 
 @pytest.fixture(scope="module")
