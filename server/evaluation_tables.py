@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from server.evaluation.results import AtSites, Evaluation, ModelResults, OptionMetrics
 
@@ -63,12 +65,18 @@ def _metrics(base: ModelResults, final: ModelResults, *, records: int) -> Table:
 
 def _groups(base: ModelResults, final: ModelResults, *, column: str) -> Table:
     table = _table(
-        f"By {column}", column, "records", "base loss", "loss", "change", "token accuracy"
+        f"By {escape(column)}",
+        escape(column),
+        "records",
+        "base loss",
+        "loss",
+        "change",
+        "token accuracy",
     )
     worst = final.worst_group
     for before, after in zip(base.groups, final.groups, strict=True):
         table.add_row(
-            f"{after.group} (worst)" if after.group == worst else after.group,
+            Text(f"{after.group} (worst)" if after.group == worst else after.group),
             f"{after.records:,}",
             f"{before.metrics.loss:.3f}",
             f"{after.metrics.loss:.3f}",
@@ -83,9 +91,9 @@ def _groups(base: ModelResults, final: ModelResults, *, column: str) -> Table:
 
 
 def _confusion(options: OptionMetrics) -> Table:
-    table = _table("Confusion", "true \\ chosen", *options.labels)
+    table = _table("Confusion", "true \\ chosen", *map(escape, options.labels))
     for label, row in zip(options.labels, options.confusion, strict=True):
-        table.add_row(label, *(f"{count:,}" for count in row))
+        table.add_row(Text(label), *(f"{count:,}" for count in row))
     return table
 
 
@@ -111,5 +119,7 @@ def _questions(evaluation: Evaluation) -> Table:
     for name in ("question", "reference", "base", "result"):
         table.add_column(name, ratio=1, overflow="fold")
     for one in evaluation.questions:
-        table.add_row(one.question, one.reference, one.base, one.final, end_section=True)
+        # As text: "[/INST]" in an answer is no markup.
+        cells = map(Text, (one.question, one.reference, one.base, one.final))
+        table.add_row(*cells, end_section=True)
     return table

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.canonical import plain_json
 from common.files import write_atomically
 from common.metrics import LanguageMetrics, TokenSums, summarize
 
@@ -169,12 +170,17 @@ class Evaluation:
         }
 
     def write(self, path: Path) -> None:
-        """Write evaluation.json atomically; what sites counted for this adapter, once for all, stays."""
-        content = self.as_json()
+        """Write evaluation.json atomically; what sites counted for this round, once for all, stays.
+
+        What is not finite is null there: not every reader of JSON knows NaN.
+        """
+        content = plain_json(self.as_json())
         before = _read(path)
-        if content["federated"] is None and before.get("adapter") == self.adapter:
+        same = (before.get("run"), before.get("round")) == (self.run_uid, self.server_round)
+        # Not by the adapter's digest: without its checkpoint the same adapter has another one.
+        if content["federated"] is None and same:
             content["federated"] = before.get("federated")
-        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

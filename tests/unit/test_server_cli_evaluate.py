@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from common.errors import ConfigError, DataError
+from common.metrics import LanguageMetrics
 from server.cli import app
+from server.evaluation.results import Evaluation, ModelResults
 from tests.unit.finished import finished_config, write_finished_run
 
 
@@ -78,9 +82,35 @@ def test_what_sites_counted_once_is_kept(run_dir: Path) -> None:
     path.write_text(json.dumps({**_written(run_dir), "federated": counted}))
     _evaluate(run_dir)
     assert _written(run_dir)["federated"] == counted
-    path.write_text(json.dumps({**_written(run_dir), "adapter": "another"}))
+    # Without its checkpoint the same adapter has another digest.
+    shutil.rmtree(run_dir / "checkpoints")
+    _evaluate(run_dir)
+    assert _written(run_dir)["federated"] == counted
+    path.write_text(json.dumps({**_written(run_dir), "round": 7}))
     _evaluate(run_dir)
     assert _written(run_dir)["federated"] is None
+
+
+def test_brackets_in_records_and_answers_are_no_markup(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    rows = [
+        {"instruction": f"[/INST] {label}?", "output": label, "ward": f"ward {label}"}
+        for label in ("[/yes]", "[/no]")
+    ]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["evaluation.metrics=options", "evaluation.group-by=ward"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    said = _evaluate(run_dir, "--data", other, *options)
+    for words in ("[/INST]", "ward [/no]", "[/yes]"):
+        assert words in said
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    diverged = ModelResults(LanguageMetrics(math.nan, math.inf, 0.0))
+    found = Evaluation("run-1", 1, "0" * 64, "0" * 64, 3, (diverged, diverged))
+    found.write(tmp_path / "evaluation.json")
+    language = _written(tmp_path)["models"]["final"]["language"]
+    assert language == {"loss": None, "perplexity": None, "token_accuracy": 0.0}
 
 
 def test_what_cannot_be_is_said_before_anything_is_measured(run_dir: Path, tmp_path: Path) -> None:
