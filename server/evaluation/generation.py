@@ -25,18 +25,19 @@ def generate_answers(
     """Return the likeliest next tokens after each prompt, as text, at most evaluation.max-new-tokens of them.
 
     model: on `base`'s device and tokenizer. on_batch: is told how many prompts each batch held.
-    The prompt keeps what data.max-length leaves beside the answer, but at least half of it.
+    Prompt and answer fit into data.max-length, of which the prompt keeps at least half.
     """
     model.eval()
-    settings = config.evaluation
-    room = config.data.max_length - settings.max_new_tokens
+    settings, length = config.evaluation, config.data.max_length
+    # Where positions are learnt, there are no more of them than a model may hold.
+    new_tokens = min(settings.max_new_tokens, length - length // 2)
     template = resolve_template(config.data.prompt_template)
     questions = [
         tokenize_question(
             prompt,
             tokenizer=base.tokenizer,
             template=template,
-            max_tokens=max(room, config.data.max_length // 2),
+            max_tokens=length - new_tokens,
         )
         for prompt in prompts
     ]
@@ -44,7 +45,7 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda i: len(questions[i]))
     for start in range(0, len(order), settings.batch_size):
         places = order[start : start + settings.batch_size]
-        new = _continue(model, base, [questions[i] for i in places], settings.max_new_tokens)
+        new = _continue(model, base, [questions[i] for i in places], new_tokens)
         for place, ids in zip(places, new, strict=True):
             text: str = base.tokenizer.decode(ids, skip_special_tokens=True)
             answers[place] = text.strip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from common.prompts import Prompt
 from server.evaluation.generation import generate_answers
 from server.evaluation.language import lent_model
 from tests.unit.adapters import moved
+from tests.unit.tiny import tiny_base
 
 CONFIG = RunConfig.parse(
     {
@@ -59,6 +62,14 @@ def test_the_end_of_text_ends_an_answer(plain: BaseModel, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(plain.model, "generate", generate)
     assert generate_answers(plain.model, plain, PROMPTS[:2], config=CONFIG) == ("ab", "ab")
+
+
+def test_prompt_and_answer_fit_where_positions_are_learnt(plain: BaseModel) -> None:
+    # It has 64 positions, as many as data.max-length.
+    gpt2 = replace(tiny_base("gpt2"), tokenizer=plain.tokenizer)
+    long = CONFIG.replace({"evaluation.max-new-tokens": 48})
+    answers = generate_answers(gpt2.model, gpt2, PROMPTS, config=long)
+    assert len(answers) == len(PROMPTS)
 
 
 def test_progress_counts_every_prompt_once(plain: BaseModel) -> None:
