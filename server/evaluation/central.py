@@ -64,6 +64,7 @@ def load_central_set(
     prompts: list[Prompt] = []
     groups: list[str] = []
     names: list[str] = []
+    stems = [path.stem for path in files]
     for path in files:
         records = load_records(
             path,
@@ -73,7 +74,9 @@ def load_central_set(
         )
         prompts += records.prompts
         groups += records.groups
-        names += [path.stem] * len(records)
+        # sites/north/records.jsonl and sites/south/records.jsonl are two groups.
+        alone = stems.count(path.stem) == 1
+        names += [path.stem if alone else f"{path.parent.name}/{path.stem}"] * len(records)
     if evaluation.group_by and evaluation.group_by != FILE_GROUPS and not all(groups):
         raise DataError(
             f"evaluation.group-by = {column!r}, and {groups.count('')} of {len(groups)} test records have "

@@ -207,6 +207,15 @@ def test_groups_are_the_column_the_files_or_none(tmp_path: Path, base: BaseModel
         groups(one, two, by="site")
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, base: BaseModel) -> None:
+    for site in ("north", "south"):
+        (tmp_path / site).mkdir()
+    files = [_write(tmp_path / site / "records.jsonl", count=2) for site in ("north", "south")]
+    central = load_central_set([*files, _write(tmp_path / "c.jsonl", count=1)], CONFIG, base=base)
+    assert central is not None
+    assert central.groups == ("north/records",) * 2 + ("south/records",) * 2 + ("c",)
+
+
 def test_groups_are_measured_as_if_each_were_alone(tmp_path: Path, base: BaseModel) -> None:
     files = [_write(tmp_path / "a.jsonl", count=3), _write(tmp_path / "b.jsonl", count=5)]
     central = load_central_set(files, CONFIG, base=base)
