@@ -147,7 +147,7 @@ def take_in_heads(seen: dict[str, SiteHeads], entry: AuditEntry) -> None:
     heads = _heads(fields["heads"])
     known = seen.get(fields["site"])
     # Two runs at once may hear of a site out of order; its ledger never shrinks.
-    finished = fields["kind"] == "train"
+    finished = fields["kind"] in ("train", "evaluate")
     if known is None or (finished and heads.ledger.count >= known.ledger.count):
         seen[fields["site"]] = heads
 

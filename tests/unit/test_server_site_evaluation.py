@@ -10,7 +10,8 @@ import pytest
 
 from common.audit_log import read_audit_log
 from common.errors import ScreeningError
-from common.records import Reply
+from common.records import Reply, SiteHeads
+from server.audit import take_in_heads
 from server.evaluation import AtSites
 from server.history import read_events
 from server.site_evaluation import screen_sums
@@ -130,6 +131,23 @@ def test_both_sides_have_it_on_record(evaluated: Path) -> None:
     ]
     sites = sorted(p.name for p in (evaluated / "simulation" / "sites").iterdir())
     assert kinds == [("task", site) for site in sites] + [("reply", site) for site in sites]
+
+
+def test_a_site_restored_to_before_its_evaluation_is_behind(evaluated: Path) -> None:
+    (path,) = evaluated.glob("simulation/**/coordinator/audit.jsonl")
+    counting = next(iter(_evaluation(evaluated)["federated"]["sites"]))
+    log = list(read_audit_log(path))
+    (reply,) = [
+        entry
+        for entry in log
+        if (entry.event, entry.fields.get("kind"), entry.fields.get("site"))
+        == ("reply", "evaluate", counting)
+    ]
+    seen: dict[str, SiteHeads] = {}
+    for entry in log:
+        take_in_heads(seen, entry)
+    # Else it would have forgotten that its one evaluation of this run was given, and nobody would notice.
+    assert seen[counting].audit.count == reply.fields["heads"]["audit"]["count"]
 
 
 def test_nobody_is_asked_unless_the_run_says_so(tmp_path: Path, scenario: Path) -> None:
