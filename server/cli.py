@@ -30,7 +30,7 @@ from server.cli_attack import audit
 from server.cli_evaluate import evaluate
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
-from server.cli_release import export, release_key, verify
+from server.cli_release import export, release, release_key, verify
 from server.cli_report import report, try_report
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
@@ -238,6 +238,7 @@ app.command()(audit)
 app.command()(revoke)
 app.command()(renew)
 app.command()(export)
+app.command()(release)
 app.command()(release_key)
 app.command()(verify)
 

@@ -1,4 +1,4 @@
-"""`consilium server export`: a finished run's model as other programs load it."""
+"""`consilium server export`, `release`, `release-key`, `verify`: a finished run's model handed on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from rich.table import Table
 
 from common.cli import console
 from common.errors import ReleaseError
-from server.cli_membership import CoordinatorDir
-from server.coordinator import load_coordinator
+from server.release_key import PRIVATE_FILE, make_release_key
 
 if TYPE_CHECKING:
     from server.export_model import ExportReport, OnStep
@@ -77,11 +76,75 @@ _CONTENTS = {
 }
 
 
-def release_key(folder: CoordinatorDir) -> None:
-    """Make the key that releases are signed by, ECDSA P-384; an earlier Ed25519 one is set aside."""
-    from server.release_key import make_release_key
+def release(
+    run_dir: RunDir,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN_DIR/release.")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="The release key; default: release.pem of the coordinator whose runs/ this is in."
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["merged", "adapter"],
+        typer.Option("--format", help="As of `server export`."),
+    ] = "merged",
+    name: Annotated[str, typer.Option(help="What the model is called in its card.")] = "",
+    base_license: Annotated[
+        str, typer.Option(help="The base model's licence, where its folder does not say it.")
+    ] = "",
+    name_sites: Annotated[
+        bool, typer.Option("--name-sites", help="Call the hospitals by their names in the card.")
+    ] = False,
+    model: Model = None,
+    data: Data = None,
+    dtype: Dtype = "float32",
+    force: Force = False,
+) -> None:
+    """Export a finished run's model with a model card, a list of parts, and a signature over all of it."""
+    # Only here, because they load torch.
+    from server.export_folder import check_place, placing
+    from server.export_model import ExportRequest
+    from server.finished_run import find_base, load_finished_run
+    from server.release import STEPS, ReleaseRequest, check_release, write_release
+    from server.release_signature import SIGNATURE
 
-    key = make_release_key(load_coordinator(folder).folder)
+    target, within = (out, None) if out else (run_dir / "release", run_dir)
+    check_place(target, within=within, force=force)
+    run = load_finished_run(run_dir)
+    files = measured_files(data) or run.central_files
+    request = ReleaseRequest(
+        ExportRequest(run, find_base(run, given=model), form, dtype, files),
+        key=key or run_dir.resolve().parent.parent / PRIVATE_FILE,
+        base_license=base_license,
+        name=name,
+        named_sites=name_sites,
+    )
+    check_release(request)
+    with (
+        progress("release", STEPS) as on_step,
+        placing(target, within=within, force=force) as folder,
+    ):
+        report = write_release(request, folder, on_step=on_step)
+    console.print(report_table(report))
+    console.print(
+        f"Wrote {target}: the {form} export, README.md (its model card), run.toml, sbom.cdx.json, "
+        f"{SIGNATURE}\n"
+        f"Read README.md before you hand it on. Check it: consilium server verify {target} --key "
+        f"{request.key.with_suffix('.pub')}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def release_key(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The coordinator's folder, or any other.")
+    ],
+) -> None:
+    """Make the key that releases are signed by, ECDSA P-384; an earlier Ed25519 one is set aside."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = make_release_key(folder)
     console.print(
         f"Wrote {key.private}, which stays here, and {key.public}, which whoever checks a release needs.\n"
         f"SHA-256 of {key.public.name}, to compare by another way: {key.fingerprint}",

@@ -54,7 +54,7 @@ class Verified:
 def sign_folder(folder: Path, *, key: Path) -> None:
     """Write model.sig, which covers every file of a folder. Raises ConfigError as `load_release_key`."""
     load_release_key(key)
-    library = _model_signing()
+    library = require_model_signing()
     library.signing.Config().use_elliptic_key_signer(private_key=key).set_hashing_config(
         _hashing(library)
     ).sign(folder, folder / SIGNATURE)
@@ -69,7 +69,7 @@ def verify_folder(folder: Path, *, key: Path) -> Verified:
     when `key` is none.
     """
     believed = public_pem(key)
-    library = _model_signing()
+    library = require_model_signing()
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give that of a release")
     signed = _check_form(folder / SIGNATURE)
@@ -197,8 +197,8 @@ def _spelled(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def _model_signing() -> Any:
-    """The model-signing package, which only this needs. Raises ConfigError when it is not installed."""
+def require_model_signing() -> Any:
+    """Return the model-signing package. Raises ConfigError when it is not installed: only this needs it."""
     try:
         with _pyopenssl_or_none():
             return importlib.import_module("model_signing")
