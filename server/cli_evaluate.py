@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common.canonical import plain_json
 from common.cli import console
 from common.config import parse_overrides
 from common.errors import ConfigError
@@ -79,9 +78,9 @@ def evaluate(
             on_batch=lambda done: bar.advance(task, done),
         )
     found = replace(found, adapter=run.adapter_digest)
-    found.write(run.folder.evaluation)
+    written = found.write(run.folder.evaluation)
     if as_json:
-        typer.echo(json.dumps(plain_json(found.as_json()), indent=2, allow_nan=False))
+        typer.echo(json.dumps(written, indent=2, allow_nan=False))
         return
     for table in evaluation_tables(found):
         console.print(table)

@@ -121,6 +121,12 @@ class Gathering:
                 self._run.history.record("waiting", present=len(present), needed=settings.min_sites)
             time.sleep(min(_LOOK_AGAIN_S, left_s))
 
+    def present(self) -> list[Member]:
+        """Return the sites that are there now, sorted by name, however few; nobody is waited for."""
+        nodes = set(self._messenger.node_ids())
+        self._describe(self._to_ask(nodes), present=len(self._members(nodes)))
+        return sorted(self._members(nodes), key=lambda member: member.site)
+
     def ask_again(self, member: Member) -> None:
         """Let a member introduce itself anew before it is counted on again."""
         self._standing.pop(member.node_id, None)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from common.adapter import AdapterState
 from common.config import RunConfig
-from common.errors import QuorumError
 from server.evaluation import AtSites, Evaluation, compare_with_base
 from server.history import History
 from server.prepared_run import PreparedRun
 from server.rounds import Federation
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_result(
@@ -57,12 +53,8 @@ def evaluate_result(
 def evaluated_at_sites(
     federation: Federation, history: History, exported: AdapterState, server_round: int
 ) -> AtSites:
-    """Return what the sites count. That they cannot is no reason to hand out nothing."""
-    try:
-        counted = federation.evaluate_at_sites(exported, server_round=server_round)
-    except QuorumError as error:
-        logger.warning("the sites did not evaluate: %s", error)
-        counted = AtSites({}, {"": error.code})
+    """Return what the sites count, and write down who did."""
+    counted = federation.evaluate_at_sites(exported, server_round=server_round)
     history.record(
         "evaluated-at-sites",
         round=server_round,

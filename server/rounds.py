@@ -114,13 +114,17 @@ class Federation:
     def evaluate_at_sites(self, adapter: AdapterState, *, server_round: int) -> AtSites:
         """Return what the sites that are there count for an adapter on test records of their own.
 
-        server_round: that made it. Raises QuorumError when fewer than min-sites are there.
+        server_round: that made it.
         """
         self._note_shut_out()
         lora = self._run.config.lora
         portions = Portions(adapter, shape=self._shape, lora=lora, sends_all=True)
         return evaluate_at_sites(
-            self._messenger, self._run, self.gather(), portions, server_round=server_round
+            self._messenger,
+            self._run,
+            self._gathering.present(),
+            portions,
+            server_round=server_round,
         )
 
     def _note_late(self, sent: Sent) -> None:

@@ -100,11 +100,16 @@ def load_central_examples(
     return None if central is None else central.examples
 
 
-def tokenize_prompts(prompts: Sequence[Prompt], config: RunConfig, *, base: BaseModel) -> Examples:
-    """Return prompts as tokens of the base, by the run's template and length. Raises DataError."""
+def tokenize_prompts(
+    prompts: Sequence[Prompt], config: RunConfig, *, base: BaseModel, shorter_by: int = 0
+) -> Examples:
+    """Return prompts as tokens of the base, by the run's template and length. Raises DataError.
+
+    shorter_by: so many tokens fewer than data.max-length.
+    """
     return tokenize_all(
         prompts,
         tokenizer=base.tokenizer,
         template=resolve_template(config.data.prompt_template),
-        max_length=config.data.max_length,
+        max_length=config.data.max_length - shorter_by,
     )

@@ -59,7 +59,8 @@ def measure_options(
 ) -> OptionMetrics:
     """Return how a model chooses among labels, each scored as log P(label, end of text | prompt).
 
-    The end of text is part of it, so that labels of any length compare as whole answers.
+    The end of text is part of it, so that labels of any length compare as whole answers. A prompt that is
+    too long is cut to what the longest label leaves of data.max-length, for all labels alike.
     on_batch: is told how many records each batch held, label after label.
     """
     from torchmetrics.functional.classification import (
@@ -68,10 +69,14 @@ def measure_options(
         multiclass_f1_score,
     )
 
+    lengths = [len(base.tokenizer(one, add_special_tokens=False).input_ids) for one in labels]
     costs = []
-    for label in labels:
+    for label, length in zip(labels, lengths, strict=True):
         examples = tokenize_prompts(
-            [replace(prompt, output=label) for prompt in prompts], config, base=base
+            [replace(prompt, output=label) for prompt in prompts],
+            config,
+            base=base,
+            shorter_by=max(lengths) - length,
         )
         sums = record_sums(
             model, base, examples, batch_size=config.evaluation.batch_size, on_batch=on_batch

@@ -169,18 +169,19 @@ class Evaluation:
             "federated": None if self.at_sites is None else self.at_sites.as_json(),
         }
 
-    def write(self, path: Path) -> None:
-        """Write evaluation.json atomically; what sites counted for this round, once for all, stays.
+    def write(self, path: Path) -> dict[str, Any]:
+        """Write evaluation.json atomically and return it; what sites counted for this round, once, stays.
 
         What is not finite is null there: not every reader of JSON knows NaN.
         """
-        content = plain_json(self.as_json())
+        content: dict[str, Any] = plain_json(self.as_json())
         before = _read(path)
         same = (before.get("run"), before.get("round")) == (self.run_uid, self.server_round)
         # Not by the adapter's digest: without its checkpoint the same adapter has another one.
         if content["federated"] is None and same:
             content["federated"] = before.get("federated")
         write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        return content
 
 
 def _read(path: Path) -> dict[str, Any]:

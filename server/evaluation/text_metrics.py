@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from server.evaluation.results import TextMetrics
+
+# Of any alphabet: rouge-score knows ASCII alone, and calls everything else no word.
+_NO_WORD = re.compile(r"[\W_]+")
 
 
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> TextMetrics:
@@ -26,7 +30,13 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> TextMetr
             for i, (_, true) in numbered
         ],
     )
-    rouge = rouge_score(list(answers), list(references), rouge_keys="rougeL")
+    rouge = rouge_score(
+        list(answers),
+        list(references),
+        rouge_keys="rougeL",
+        normalizer=lambda text: _NO_WORD.sub(" ", text.lower()),
+        tokenizer=str.split,
+    )
     # Effective order: an answer of fewer than four words has no 4-gram to be wrong about.
     bleu = sacrebleu.BLEU(effective_order=True).corpus_score(list(answers), [list(references)])
     return TextMetrics(

@@ -11,8 +11,10 @@ from torch import nn
 
 from common.config import RunConfig
 from common.errors import DataError
+from common.metrics import TokenSums
 from common.model import BaseModel
 from common.prompts import Examples, Prompt
+from server.evaluation import options
 from server.evaluation.central import CentralSet
 from server.evaluation.options import check_options, measure_options, option_labels
 
@@ -75,6 +77,24 @@ def test_an_option_that_begins_like_another_is_not_preferred_for_being_shorter(
         _Says(plain.tokenizer, says), plain, prompts, labels=("no", "none"), config=CONFIG
     )
     assert found.accuracy == 1.0
+
+
+def test_every_label_follows_the_same_words_of_a_long_prompt(
+    plain: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, set[tuple[int, ...]]] = {}
+
+    def record_sums(model: Any, base: Any, examples: Examples, **named: Any) -> list[TokenSums]:
+        for place, one in enumerate(examples):
+            seen.setdefault(place, set()).add(one.token_ids[: -one.num_answer])
+        return [TokenSums()] * len(examples)
+
+    monkeypatch.setattr(options, "record_sums", record_sums)
+    short = CONFIG.replace({"data.max-length": 40})
+    prompts = [Prompt("why " * 30, "", "yes"), Prompt("why", "", "no")]
+    labels = ("yes", "no", "certainly not")
+    measure_options(plain.model, plain, prompts, labels=labels, config=short)
+    assert [len(kept) for kept in seen.values()] == [1, 1]
 
 
 def test_labels_are_named_or_found() -> None:

@@ -17,7 +17,11 @@ TEXTS = st.lists(WORDS, min_size=1, max_size=9).map(" ".join)
 
 def test_a_perfect_answer_is_one_and_an_empty_one_is_zero() -> None:
     # Short ones too: an answer of one word has no 4-gram.
-    for texts in (["yes", "no", "maybe"], ["Rest and drink a lot of warm tea."]):
+    for texts in (
+        ["yes", "no", "maybe"],
+        ["Fièvre élevée à traiter", "咳嗽"],
+        ["Rest and drink a lot of warm tea."],
+    ):
         count = len(texts)
         assert score_answers(texts, texts) == pytest.approx(TextMetrics(1, 1, 1, 1, count))
         assert score_answers([""] * count, texts) == TextMetrics(0, 0, 0, 0, count)
