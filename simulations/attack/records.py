@@ -44,6 +44,24 @@ class TwinRecords:
         return [*own, *canaries, *(person.record for person in self.people)]
 
 
+def first_units(
+    twin: TwinRecords, *, at_most: int
+) -> tuple[list[Prompt], tuple[tuple[int, ...], ...] | None]:
+    """Return the first units that are trained on, one at least, and the places of each patient's records.
+
+    at_most: records, but for the first unit. The second part is None when records are the units.
+    """
+    trained = twin.trained
+    if twin.patients is None:
+        return trained[:at_most], None
+    ends = np.cumsum([len(unit) for unit in twin.patients])
+    units = twin.patients[: max(1, int(np.searchsorted(ends, at_most, side="right")))]
+    kept = sorted(place for unit in units for place in unit)
+    now = {place: index for index, place in enumerate(kept)}
+    patients = tuple(tuple(now[place] for place in unit) for unit in units)
+    return [trained[place] for place in kept], patients
+
+
 def twin_records(
     records: Records, *, by_patient: bool, canaries: int, people: int, seed: int
 ) -> TwinRecords:

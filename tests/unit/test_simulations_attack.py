@@ -20,7 +20,7 @@ from common.prompts import Prompt
 from server.attack_report import write_attack
 from simulations.attack.attack import Effort, Target, attack
 from simulations.attack.planted import count_reproduced, plant_people, sample_answers
-from simulations.attack.records import as_examples, twin_records
+from simulations.attack.records import as_examples, first_units, twin_records
 from simulations.attack.result import AttackResult
 from simulations.attack.training import plan_twin, train_twin
 from simulations.embedded import embedded_model_dir
@@ -137,6 +137,22 @@ def test_a_patients_records_are_members_together_and_found_again() -> None:
     for first, second in pairs:
         number = int(trained[first].output.split()[1])
         assert trained[second].output == f"answer {number + 10}"
+
+
+def test_the_first_units_are_whole_and_their_patients_found_again() -> None:
+    patients = tuple((i, i + 10) for i in range(10))
+    twin = twin_records(
+        _records(20, patients=patients), by_patient=True, canaries=0, people=0, seed=0
+    )
+    prompts, units = first_units(twin, at_most=5)
+    assert units is not None
+    assert len(prompts) == 4
+    for first, second in units:
+        number = int(prompts[first].output.split()[1])
+        assert prompts[second].output == f"answer {number + 10}"
+    assert len(first_units(twin, at_most=1)[0]) == 2
+    by_record = twin_records(_records(20), by_patient=False, canaries=0, people=0, seed=0)
+    assert first_units(by_record, at_most=3) == (by_record.trained[:3], None)
 
 
 def test_one_record_is_too_few() -> None:
