@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from client.noise import Entropy
 from client.sampling import poisson_sample
 from client.trainer import Step
+from common.seeding import derive_seed
 from simulations.attack.guessing import Coins, Scores
 
 # A canary's gradient over the clipping norm.
@@ -86,7 +87,7 @@ class GradientCanaries:
     """
 
     def __init__(self, count: int, mechanism: Mechanism, *, seed: int, entropy: Entropy) -> None:
-        random = np.random.default_rng((seed, 1))
+        random = np.random.default_rng(derive_seed(seed, "attack", "gradient canaries"))
         self.mechanism = mechanism
         self.coins: Coins = random.random(count) < 0.5
         self.scores: Scores = np.zeros(count)

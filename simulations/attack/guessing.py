@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from common.seeding import derive_seed
 from simulations.attack.bound import lower_bound
 
 Scores: TypeAlias = npt.NDArray[np.float64]
@@ -83,7 +84,9 @@ def rehearsed_rule(
 
     rehearse: draws scores and coins as a mechanism would that is what it is claimed to be.
     """
-    draws = [rehearse(np.random.default_rng((seed, index))) for index in range(_REHEARSALS)]
+    # Streams of their own: a rehearsal with the real coins would be no rehearsal.
+    seeds = [derive_seed(seed, "attack", "rehearsal", number) for number in range(_REHEARSALS)]
+    draws = [rehearse(np.random.default_rng(one)) for one in seeds]
 
     def mean_bound(rule: GuessRule) -> float:
         return sum(_bound(*draw, rule, delta, confidence) for draw in draws)

@@ -11,6 +11,7 @@ from torch import nn
 
 from common.model import BaseModel
 from common.prompts import Prompt
+from common.seeding import derive_seed
 from simulations.clinical_vocabulary import FIRST_NAMES, SURNAMES
 
 # Of answers that hold an identifier, in tokens of a byte-level model at worst.
@@ -47,7 +48,7 @@ class PlantedResult:
 
 def plant_people(count: int, *, seed: int) -> list[PlantedPerson]:
     """Return so many made-up people, the same for the same seed."""
-    random = np.random.default_rng((seed, 3))
+    random = np.random.default_rng(derive_seed(seed, "attack", "people"))
     pairs = len(FIRST_NAMES) * len(SURNAMES)
     names = random.choice(pairs, size=count, replace=count > pairs)
     numbers = random.choice(9_000_000, size=count, replace=False) + 1_000_000

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.prompts import Prompt
+from common.seeding import derive_seed
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _QUESTION_WORDS, _ANSWER_WORDS = 4, 16
@@ -18,16 +19,18 @@ _QUESTION_WORDS, _ANSWER_WORDS = 4, 16
 
 def canary_prompts(count: int, *, seed: int) -> list[Prompt]:
     """Return so many records of random words, the same for the same seed."""
-    random = np.random.default_rng((seed, 2))
+    random = np.random.default_rng(derive_seed(seed, "attack", "record canaries"))
     return [
         Prompt(_words(random, _QUESTION_WORDS), "", _words(random, _ANSWER_WORDS) + ".")
         for _ in range(count)
     ]
 
 
-def fair_coins(count: int, *, seed: int, stream: int) -> np.ndarray:
-    """Return so many fair coins, (count,) bool. stream: keeps one set of coins apart from another."""
-    coins: np.ndarray = np.random.default_rng((seed, stream)).random(count) < 0.5
+def fair_coins(count: int, *, seed: int, stream: str) -> np.ndarray:
+    """Return so many fair coins, (count,) bool. stream: names them, apart from others of the seed."""
+    coins: np.ndarray = (
+        np.random.default_rng(derive_seed(seed, "attack", stream)).random(count) < 0.5
+    )
     return coins
 
 

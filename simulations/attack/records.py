@@ -16,9 +16,6 @@ from simulations.attack.guessing import Coins
 from simulations.attack.planted import PlantedPerson, plant_people
 from simulations.attack.record_canaries import canary_prompts, fair_coins
 
-# Streams of coins: a unit's, and a canary's.
-_UNITS, _CANARIES = 4, 5
-
 
 @dataclass(frozen=True, slots=True)
 class TwinRecords:
@@ -76,13 +73,13 @@ def twin_records(
             f"the site has {len(units)} {'patients' if by_patient else 'records'} to tell members from "
             "non-members by; two are needed, and some thousands show more"
         )
-    chosen = fair_coins(len(units), seed=seed, stream=_UNITS)
+    chosen = fair_coins(len(units), seed=seed, stream="members")
     # However the coins fall, there is a member and a non-member.
     chosen[0], chosen[1] = True, False
     members = np.zeros(len(records), dtype=np.bool_)
     for unit, member in zip(units, chosen, strict=True):
         members[list(unit)] = member
-    coins = fair_coins(canaries, seed=seed, stream=_CANARIES)
+    coins = fair_coins(canaries, seed=seed, stream="canaries in")
     # Where each record stands among those that are trained on.
     place = np.cumsum(members) - 1
     patients = [

@@ -237,3 +237,19 @@ def test_no_site_passes_anything_to_stand_around_its_step() -> None:
         if isinstance(node, ast.Call) and any(word.arg == "around" for word in node.keywords)
     ]
     assert passed == []
+
+
+def test_a_rehearsal_throws_coins_of_its_own() -> None:
+    """A rule that was chosen by the real coins would have looked at what it guesses."""
+    mechanism = Mechanism(1.0, CLIP, 1.0, 8, 1)
+    real = GradientCanaries(200, mechanism, seed=5, entropy=random.Random(0).randbytes).coins
+    agreement: list[float] = []
+
+    def rehearsal(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        scores, coins = rehearse(generator, canaries=200, mechanism=mechanism)
+        agreement.append(float((coins == real).mean()))
+        return scores, coins
+
+    rehearsed_rule(rehearsal, delta=DELTA, confidence=0.95, seed=5)
+    assert len(agreement) == 4
+    assert all(0.3 < share < 0.7 for share in agreement)

@@ -71,7 +71,7 @@ def test_a_rehearsal_leaves_alone_the_end_that_tells_nothing() -> None:
 def test_canaries_and_coins_are_their_seeds() -> None:
     assert canary_prompts(3, seed=4) == canary_prompts(3, seed=4)
     assert canary_prompts(3, seed=4)[0].output != canary_prompts(3, seed=5)[0].output
-    coins = fair_coins(2000, seed=0, stream=7)
-    assert (coins == fair_coins(2000, seed=0, stream=7)).all()
-    assert (coins != fair_coins(2000, seed=0, stream=8)).any()
+    coins = fair_coins(2000, seed=0, stream="one")
+    assert (coins == fair_coins(2000, seed=0, stream="one")).all()
+    assert (coins != fair_coins(2000, seed=0, stream="two")).any()
     assert 900 < coins.sum() < 1100
