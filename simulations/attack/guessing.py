@@ -110,7 +110,8 @@ def audit_scores(
     """
     corrected = 1 - (1 - confidence) / len(rules)
     found = [(_bound(scores, coins, rule, delta, corrected), rule) for rule in rules]
-    bound, best = max(found, key=lambda pair: pair[0])
+    # Where no rule shows anything, the one that guesses most says so best.
+    bound, best = max(found, key=lambda pair: (pair[0], pair[1].guesses))
     return Audit(
         name=name,
         canaries=len(scores),

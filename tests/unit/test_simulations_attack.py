@@ -16,10 +16,13 @@ from common.dataset import Records
 from common.errors import DataError
 from common.lora import carrying
 from common.model import BaseModel, choose_device, load_base
-from common.prompts import Prompt
+from common.prompts import Examples, Prompt
 from server.attack_report import write_attack
 from simulations.attack.attack import Effort, Target, attack
+from simulations.attack.guessing import audit_scores, guess_rules
 from simulations.attack.planted import count_reproduced, plant_people, sample_answers
+from simulations.attack.record_canaries import canary_prompts, fair_coins
+from simulations.attack.record_losses import losses_of_records
 from simulations.attack.records import as_examples, first_units, twin_records
 from simulations.attack.result import AttackResult
 from simulations.attack.training import plan_twin, train_twin
@@ -195,6 +198,29 @@ def test_a_model_that_learnt_a_planted_person_by_heart_says_them(base: BaseModel
     untouched = sample_answers(base.model, base, question, max_length=128, samples=1, seed=0)
     assert count_reproduced([person], said) == 1
     assert count_reproduced([person], untouched) == 0
+
+
+def test_canary_records_that_were_learnt_by_heart_are_told_apart(base: BaseModel) -> None:
+    """Black box: of 40 records of random words those that were trained on lost the most loss."""
+    config = RunConfig().replace(
+        {
+            "privacy.unit": "none", "train.rounds": 1, "train.local-steps": 60, "lora.rank": 16,
+            "lora.alpha": 32.0, "train.batch-size": 8, "train.learning-rate": 5e-3,
+            "data.prompt-template": "question", "data.max-length": 48,
+        }
+    )  # fmt: skip
+    coins = fair_coins(40, seed=0, stream="test")
+    examples = as_examples(canary_prompts(40, seed=0), config, base)
+    trained = Examples(examples[i] for i in np.flatnonzero(coins))
+    adapter = train_twin(plan_twin(config, declared_size=20), base, trained, None, site="site")
+    before = losses_of_records(base.model, base, examples, batch_size=16)
+    with carrying(base, config.lora, adapter) as model:
+        after = losses_of_records(model, base, examples, batch_size=7)
+    audit = audit_scores(
+        "x", before.mean - after.mean, coins, rules=guess_rules(40), delta=1e-5, ledger_epsilon=None
+    )
+    assert audit.epsilon_lower > 1
+    assert (before.least_likely >= before.mean).all()
 
 
 def test_answers_do_not_depend_on_their_neighbours_in_a_batch(base: BaseModel) -> None:

@@ -50,6 +50,14 @@ def test_scores_that_know_nothing_bound_nothing_in_nineteen_of_twenty_audits() -
     assert sum(bound > 0 for bound in bounds) <= 10
 
 
+def test_where_nothing_is_shown_the_most_guesses_are_reported() -> None:
+    coins = np.arange(400) % 2 == 0
+    audit = audit_scores(
+        "x", np.zeros(400), coins, rules=guess_rules(400), delta=1e-5, ledger_epsilon=None
+    )
+    assert (audit.epsilon_lower, audit.guesses, audit.correct) == (0.0, 400, 200)
+
+
 @pytest.mark.parametrize("canaries", [1, 7, 30, 2000])
 def test_rules_fit_the_canaries(canaries: int) -> None:
     for rule in guess_rules(canaries):
