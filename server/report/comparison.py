@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from matplotlib.ticker import PercentFormatter
-
 from common.errors import ConfigError
 from server.report.drawing import (
     BLUE,
@@ -19,6 +17,7 @@ from server.report.drawing import (
     SERIES,
     Picture,
     drawing,
+    in_percent,
     marker,
     whole_rounds,
 )
@@ -140,7 +139,7 @@ def _curves(
             axes.axhline(base, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.3, label=label)
         axes.set_ylabel(unit)
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            in_percent(axes)
         whole_rounds(axes, last=max(points[-1][0] for _, points in drawn))
         axes.set_xlim(left=-0.3)
         canvas.figure.legend(loc="outside upper left", ncols=1)

@@ -9,7 +9,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from server.report.drawing import (
     AMBER,
@@ -24,6 +24,7 @@ from server.report.drawing import (
     SKY,
     Picture,
     drawing,
+    in_percent,
     marker,
     whole_rounds,
 )
@@ -121,7 +122,7 @@ def _curve(
         axes.set_xlim(left=-0.3 if points and base is not None else 0.6)
         axes.set_ylabel(unit)
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            in_percent(axes)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -416,7 +417,7 @@ def cost_pictures(run: RunRecord) -> list[Picture]:
             axes.set_ylim(0, 1.12 * max(max(value for _, value in points), 1e-12))
             axes.set_ylabel(unit)
             if name == "energy":
-                axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+                in_percent(axes)
             whole_rounds(axes, last=_last(run))
         alt = f"{title}: from {points[0][1]:.3g} in the first round to {points[-1][1]:.3g} in the last."
         found.append(Picture(name, title, caption, alt, canvas.svg))

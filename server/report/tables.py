@@ -103,7 +103,7 @@ def cards(run: RunRecord) -> list[Card]:
         Card(
             "Epsilon",
             number(spent, ".2f") if spent is not None else ("none" if run.privacy else NOTHING),
-            f"at most, delta {protected[0].delta:g}, by {protected[0].unit}"
+            f"at most; delta {protected[0].delta:g}, {protected[0].unit}"
             if spent is not None and protected
             else "no differential privacy"
             if run.privacy
@@ -169,7 +169,7 @@ def _metric_rows(
         if before is not None and after is not None:
             percent = form.endswith("%")
             change = (
-                f"{100 * (after - before):+.1f} points" if percent else f"{after - before:+.3f}"
+                f"{100 * (after - before):+.1f} points" if percent else f"{after - before:+{form}}"
             )
         yield (said, number(before, form), number(after, form), change)
 
@@ -278,8 +278,8 @@ def sites_table(run: RunRecord) -> TextTable | None:
             "s a round",
             "epsilon",
             "may spend",
-            "sigma",
-            "q",
+            "noise",
+            "sampling rate",
         ),
         tuple(rows),
     )
