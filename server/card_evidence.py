@@ -80,10 +80,9 @@ def privacy_lines(run: FinishedRun, names: Mapping[str, str]) -> list[str]:
     return [
         *lines,
         "",
-        "DP-SGD: each unit's gradient is clipped to "
-        f"{run.config.privacy.max_grad_norm:g} and Gaussian noise added at the site, so that what anybody "
-        "learns from this model, no single unit of a site changed it by more than epsilon allows, at "
-        "probability 1 - delta. It holds for this run alone, over all its rounds.",
+        f"DP-SGD: each unit's gradient is clipped to {run.config.privacy.max_grad_norm:g} and Gaussian noise "
+        "is added at the site. No single unit of a site changes what anybody can learn from this model by "
+        "more than epsilon and delta allow, over all rounds of this run, and for this run alone.",
     ]
 
 

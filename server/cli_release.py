@@ -67,7 +67,7 @@ def export(
     ):
         report = write_export(request, folder, on_step=on_step)
     console.print(report_table(report))
-    console.print(f"Wrote {target}: {_CONTENTS[form]}, export.json", soft_wrap=True, markup=False)
+    console.print(f"Wrote {target}: {_CONTENTS[form]}", soft_wrap=True, markup=False)
 
 
 _CONTENTS = {

@@ -172,7 +172,7 @@ def license_of(dist: Distribution) -> str:
     expression = metadata.get_all("License-Expression")
     if expression:
         return str(expression[0])
-    text = (metadata.get_all("License") or [""])[0].strip()
+    text = str((metadata.get_all("License") or [""])[0]).strip()
     if text and "\n" not in text and len(text) <= _LONGEST_NAME and text.upper() != "UNKNOWN":
         return text
     classified = [

@@ -113,6 +113,8 @@ class _Distribution:
             ],
             "BSD License",
         ),
+        # A whole text, on one line.
+        ([("License", "Permission is hereby granted " * 9)], ""),
         ([], ""),
     ],
 )
