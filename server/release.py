@@ -13,12 +13,13 @@ from common.config import COORDINATOR_ONLY
 from common.errors import CheckpointError, ReleaseError
 from common.files import write_atomically
 from server.base_license import copy_license_files, find_license
+from server.card_facts import CardFacts, site_names
 from server.evidence import ATTACK_FILE, EVALUATION_FILE, Evidence, load_evidence
 from server.export_folder import MARKER, write_marker
 from server.export_model import STEPS as EXPORT_STEPS
 from server.export_model import ExportReport, ExportRequest, write_export
 from server.finished_run import FinishedRun
-from server.model_card import CARD_FILE, CardFacts, make_card, site_names
+from server.model_card import CARD_FILE, make_card
 from server.release_key import load_release_key
 from server.release_signature import (
     SIGNATURE,

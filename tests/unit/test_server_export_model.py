@@ -158,6 +158,19 @@ def test_lower_precisions_stay_within_their_tolerance_and_are_written_as_such(
     assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, dtype)}
 
 
+def test_a_large_model_is_written_in_shards_and_loaded_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_model, "_SHARD", "500KB")
+    write_finished_run(tmp_path / "run", embedded_model_dir(), finished_config())
+    report = _export(tmp_path / "run", "merged", tmp_path / "merged")
+    assert report.difference < 1e-5
+    shards = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert len(shards) > 3
+    told = json.loads((tmp_path / "merged" / MARKER).read_text())
+    assert {*shards, "model.safetensors.index.json"} <= set(told["files"])
+
+
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     """The embedded model's output layer is its embedding, which is no layer that LoRA trains."""
     from safetensors.numpy import load_file

@@ -1,0 +1,42 @@
+"""What a model card is made from, and how it calls the sites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.base_license import BaseLicense
+from server.evidence import Evidence
+from server.finished_run import FinishedRun
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card is made from. export: what export.json says. names: how each site is called in the card."""
+
+    title: str
+    run: FinishedRun
+    evidence: Evidence
+    export: Mapping[str, Any]
+    license: BaseLicense
+    names: Mapping[str, str]
+
+
+def site_names(run: FinishedRun, *, named: bool) -> dict[str, str]:
+    """Return how each site is called: by its name, or by a number that its name does not give away."""
+    rows = run.summary["privacy"]
+    sites = sorted({*run.summary["sites"], *rows})
+    if named:
+        return {site: site for site in sites}
+    # By what they spent: in the order of their names, a number would say something of the name.
+    order = sorted(sites, key=lambda site: (_spent(rows.get(site)), site))
+    return {site: f"site {number}" for number, site in enumerate(order, start=1)}
+
+
+def _spent(row: Mapping[str, Any] | None) -> Sequence[float]:
+    if row is None:
+        return (math.inf,)
+    epsilon = math.inf if row["epsilon"] is None else row["epsilon"]
+    return (epsilon, row["delta"], row["steps"])
