@@ -22,7 +22,8 @@ from server.report.drawing import (
     whole_rounds,
 )
 from server.report.markup import render
-from server.report.reading import RunRecord, Scores, read_run
+from server.report.reading import read_run
+from server.report.record import RunRecord, Scores
 from server.report.signs import warning_signs
 from server.report.tables import TextTable, duration, number, size
 

@@ -41,6 +41,9 @@ DASHES = ("-", "--", "-.", ":")
 WIDTH, WIDE = 4.7, 15.6
 _HEIGHT = 3.2
 
+# More rounds, or names, than fit into a column of the page.
+MANY_ROUNDS, MANY_SITES = 40, 16
+
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "consilium",
@@ -157,3 +160,8 @@ def in_percent(axes: Axes) -> None:
 def marker(count: int) -> str:
     """Points are marked while they can be told apart."""
     return "o" if count <= 30 else ""
+
+
+def rows_height(rows: int) -> float:
+    """Inches for so many names below each other."""
+    return max(2.2, 1.05 + 0.25 * rows)

@@ -9,30 +9,25 @@ from pathlib import Path
 
 from common.files import write_atomically
 from server.report.audit_pictures import audit_pictures
-from server.report.drawing import Picture
+from server.report.cost_pictures import cost_pictures
+from server.report.drawing import MANY_SITES, Picture
+from server.report.headline import cards, outcome
 from server.report.markup import render
-from server.report.reading import RunRecord, read_run
-from server.report.run_pictures import (
-    MANY_SITES,
-    cost_pictures,
-    privacy_pictures,
-    quality_pictures,
-    site_pictures,
-)
-from server.report.signs import warning_signs
-from server.report.tables import (
-    TextTable,
+from server.report.privacy_pictures import privacy_pictures
+from server.report.quality_pictures import quality_pictures
+from server.report.reading import read_run
+from server.report.record import RunRecord
+from server.report.result_tables import (
     attack_tables,
-    cards,
     confusion_table,
     federated_table,
     groups_table,
     metrics_table,
-    outcome,
-    rounds_table,
-    settings_table,
-    sites_table,
 )
+from server.report.run_tables import rounds_table, settings_table, sites_table
+from server.report.signs import warning_signs
+from server.report.site_pictures import site_pictures
+from server.report.tables import TextTable
 
 REPORT_FILE = "report.html"
 

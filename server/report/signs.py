@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
-from server.report.reading import RunRecord
+from server.report.record import RunRecord
 
 # So many evaluations in a row must rise while training still falls.
 _RISES = 3
