@@ -14,13 +14,10 @@ import importlib.util
 import json
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from cryptography.exceptions import InvalidSignature
@@ -200,28 +197,9 @@ def _spelled(content: Any) -> str:
 def require_model_signing() -> Any:
     """Return the model-signing package. Raises ConfigError when it is not installed: only this needs it."""
     try:
-        with _pyopenssl_or_none():
-            return importlib.import_module("model_signing")
+        return importlib.import_module("model_signing")
     except ImportError:
         raise ConfigError(
             "releases are signed and checked by the package model-signing, which is not installed: "
             "pip install 'consilium[release]'"
         ) from None
-
-
-@contextmanager
-def _pyopenssl_or_none() -> Iterator[None]:
-    """Let model-signing 1.1 be imported without pyOpenSSL, which it does not ask for.
-
-    It needs it for certificates alone, and there are none here.
-    """
-    if "OpenSSL" in sys.modules or importlib.util.find_spec("OpenSSL") is not None:
-        yield
-        return
-    absent = ModuleType("OpenSSL")
-    vars(absent)["crypto"] = ModuleType("OpenSSL.crypto")
-    sys.modules["OpenSSL"] = absent
-    try:
-        yield
-    finally:
-        del sys.modules["OpenSSL"]

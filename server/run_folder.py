@@ -33,6 +33,7 @@ _OWN = (
     "evaluation.json",
     "report.html",
     "attack.json",
+    "export",
     EXCLUSIONS_FILE,
 )
 _LOCK_FILE = ".lock"
@@ -137,6 +138,11 @@ def open_run_folder(
             raise CheckpointError(
                 f"{path} already holds a run; continue it with --resume, replace it with --force, "
                 "or choose another folder"
+            )
+        if (path / "release").exists():
+            raise CheckpointError(
+                f"{path} holds a release of the run that --force would replace; move {path / 'release'} "
+                "away first, or choose another folder"
             )
         for name in _OWN:
             target = path / name

@@ -71,6 +71,14 @@ def test_a_folder_that_holds_any_part_of_a_run_is_refused(tmp_path: Path, left: 
     assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
+def test_force_does_not_throw_a_release_away(tmp_path: Path) -> None:
+    _finished_run(tmp_path)
+    (tmp_path / "release").mkdir()
+    with pytest.raises(CheckpointError, match="holds a release of the run"):
+        open_run_folder(tmp_path, CONFIG, force=True)
+    assert (tmp_path / "summary.json").exists()
+
+
 def test_force_removes_the_earlier_run_and_nothing_else(tmp_path: Path) -> None:
     before = _finished_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
