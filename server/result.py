@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from common.adapter import AdapterState
 from common.config import RunConfig
+from common.files import is_disk_full
 from server.evaluation import AtSites, Evaluation, compare_with_base
 from server.history import History
 from server.prepared_run import PreparedRun
 from server.rounds import Federation
+from server.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_result(
@@ -48,6 +53,43 @@ def evaluate_result(
         questions=answered,
         at_sites=at_sites(exported, server_round) if wanted and at_sites else None,
     )
+
+
+def try_to_evaluate(
+    prepared: PreparedRun,
+    exported: AdapterState,
+    folder: RunFolder,
+    *,
+    config: RunConfig,
+    server_round: int,
+    at_sites: Callable[[AdapterState, int], AtSites],
+    history: History,
+) -> None:
+    """Write evaluation.json of what is handed out, or that it could not be measured, into the history.
+
+    What was trained is worth more than its measure: a run ends well without. Raises what says that the disk
+    is full.
+    """
+    try:
+        evaluate_result(
+            prepared,
+            exported,
+            config=config,
+            run_uid=folder.run_uid,
+            server_round=server_round,
+            at_sites=at_sites,
+        ).write(folder.evaluation)
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        history.record("not-evaluated", message=f"{type(error).__name__}: {error}")
+        logger.error(
+            "the result could not be evaluated (%s: %s); it is in %s, and `consilium server evaluate` tries "
+            "again",
+            type(error).__name__,
+            error,
+            folder.adapter,
+        )
 
 
 def evaluated_at_sites(

@@ -32,7 +32,7 @@ from server.global_adapter import first_adapter, merge_replies
 from server.history import Event, History, Listener, read_events
 from server.incoming import empty_incoming, incoming_folder
 from server.prepared_run import PreparedRun
-from server.result import evaluate_result, evaluated_at_sites
+from server.result import evaluated_at_sites, try_to_evaluate
 from server.roster import LiveRoster, Roster
 from server.rounds import Federation
 from server.run_context import RunContext
@@ -219,14 +219,15 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         history.record("early-stop", best=summary["best"])
     exported = _adapter_to_export(summary, current, plan)
     export_adapter(exported, folder.adapter, lora=config.lora, base_name=config.model.name)
-    evaluate_result(
+    try_to_evaluate(
         plan.prepared,
         exported,
+        plan.folder,
         config=config,
-        run_uid=folder.run_uid,
         server_round=summary["exported_round"],
         at_sites=partial(evaluated_at_sites, federation, history),
-    ).write(folder.evaluation)
+        history=history,
+    )
     summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
     folder.write_summary(summary)
     history.record("finished", folder=str(folder.path))

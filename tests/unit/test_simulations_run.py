@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
 
+import server.result
 from client.ledger import Ledger, LedgerRow
 from client.site_config import load_site_config
 from common.adapter import digest_tensors
@@ -162,6 +163,22 @@ def test_summary_holds_the_fields_of_the_design_with_finite_numbers(plain: Path)
             "steps",
         }
         assert (row["unit"], row["epsilon"], row["steps"]) == ("none", None, 4)
+
+
+def test_a_result_that_cannot_be_evaluated_is_handed_out_all_the_same(
+    scenario: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(server.result, "compare_with_base", fail)
+    out = tmp_path / "run"
+    assert run(scenario, out, train__rounds=1)["exported_round"] == 1
+    events = list(read_events(out / "history.jsonl"))
+    assert [event["event"] for event in events][-2:] == ["not-evaluated", "finished"]
+    assert events[-2]["message"] == "RuntimeError: no memory"
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (out / "evaluation.json").exists()
 
 
 def test_history_tells_the_run_in_order(plain: Path) -> None:
