@@ -143,10 +143,11 @@ def metrics_of(
     run: FinishedRun, evaluation: Mapping[str, Any] | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the metrics of the untouched base and of the model, by our names; {} where none was measured."""
-    if evaluation is None:
+    # A run without central records writes an evaluation too, of no models.
+    models = None if evaluation is None else evaluation["models"]
+    if models is None:
         central = run.summary["central"]
         return _numbers(central["base"]), _numbers(central["final"])
-    models = evaluation["models"]
     base, final = (
         {
             name: float(value)
@@ -162,14 +163,14 @@ def metrics_of(
 def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> list[str]:
     """Return the model's metrics beside the untouched base's, or that there are none."""
     base, final = metrics_of(run, evaluation)
-    federated = (evaluation or {}).get("federated")
-    if not final and not federated:
-        return [
-            "**It was not evaluated:** there were no central test records, and no site was asked."
-        ]
+    federated = (evaluation or {}).get("federated") or {}
+    all_sites = federated.get("all")
+    if not final and not all_sites:
+        asked = "no site that was asked counted any" if federated else "no site was asked"
+        return [f"**It was not evaluated:** there were no central test records, and {asked}."]
     lines = []
     if final:
-        records = f"{evaluation['records']} " if evaluation else ""
+        records = f"{evaluation['records']} " if evaluation and evaluation["models"] else ""
         lines += [
             f"On {records}central test records of the coordinator, which no site trained on; base in "
             f"{run.config.model.quantization}, as in training:",
@@ -183,8 +184,7 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
                 ),
             ),
         ]
-    if federated:
-        all_sites = federated["all"]
+    if all_sites:
         outside = (
             " These sums are of the sites' own records and outside epsilon."
             if federated.get("outside_epsilon")
@@ -192,9 +192,10 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
         )
         lines += [
             "",
-            f"At the sites, on {all_sites['records']} records of their own: loss {all_sites['loss']:.3f} "
-            f"(untouched base {all_sites['base_loss']:.3f}), token accuracy "
-            f"{all_sites['token_accuracy']:.3f} ({all_sites['base_token_accuracy']:.3f}).{outside}",
+            f"At the sites, on {all_sites['records']} records of their own: loss "
+            f"{_number(all_sites['loss'], '-')} (untouched base {_number(all_sites['base_loss'], '-')}), "
+            f"token accuracy {_number(all_sites['token_accuracy'], '-')} "
+            f"({_number(all_sites['base_token_accuracy'], '-')}).{outside}",
         ]
     return lines
 

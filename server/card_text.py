@@ -8,7 +8,7 @@ from typing import Any
 
 from common.prompts import resolve_template
 from server.base_license import UNKNOWN
-from server.card_evidence import is_protected, table
+from server.card_evidence import group_lines, is_protected, table
 from server.card_facts import CardFacts
 from server.release_signature import SIGNATURE
 from server.sbom import SBOM_FILE
@@ -144,7 +144,7 @@ def limit_lines(facts: CardFacts) -> list[str]:
         "It knows what its sites' records say, with their habits and gaps; it may serve people badly who are "
         "rare in them.",
     ]
-    if facts.evidence.evaluation is None:
+    if not group_lines(facts.evidence.evaluation, facts.names):
         lines.append("How it does for each site or group was not measured.")
     if facts.export["measured_on"] == "fixed texts":
         lines.append(

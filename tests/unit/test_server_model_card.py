@@ -186,6 +186,28 @@ def test_without_any_it_says_so(facts: CardFacts) -> None:
     assert "model-index" not in card
 
 
+@pytest.mark.parametrize(
+    "federated", [None, {"sites": {}, "all": None, "refused": {"bern": "policy"}}]
+)
+def test_a_run_without_central_records_still_has_a_card(
+    facts: CardFacts, federated: dict[str, Any] | None
+) -> None:
+    """Every run writes an evaluation.json; without central records it is of no models."""
+    evaluation = {**EVALUATION, "records": 0, "models": None, "federated": federated}
+    nothing = _of(facts, central={"base": {}, "final": {}})
+    card = make_card(replace(nothing, evidence=Evidence(evaluation, None)))
+    assert "**It was not evaluated:**" in card
+    assert ("no site that was asked counted any" in card) == (federated is not None)
+    assert "How it does for each site or group was not measured." in card
+
+
+def test_an_evaluation_without_groups_is_not_said_to_have_any(facts: CardFacts) -> None:
+    models = {which: {**EVALUATION["models"][which], "groups": []} for which in ("base", "final")}
+    card = make_card(replace(facts, evidence=Evidence({**EVALUATION, "models": models}, None)))
+    assert "| loss | 3.000 | 1.500 |" in card
+    assert "How it does for each site or group was not measured." in card
+
+
 def test_an_evaluation_at_the_sites_is_said_to_be_outside_epsilon(facts: CardFacts) -> None:
     sums = {"records": 500, "tokens": 9000, "loss": 1.9, "token_accuracy": 0.5,
             "base_loss": 3.9, "base_token_accuracy": 0.2}  # fmt: skip
