@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from server.card_facts import group_names
 from server.finished_run import FinishedRun
 
 _SHOWN = {
@@ -208,6 +210,9 @@ def group_lines(evaluation: Mapping[str, Any] | None, names: Mapping[str, str]) 
         return []
     before = {one["group"]: one for one in (models.get("base") or {}).get("groups") or []}
     worst = evaluation.get("worst_group")
+    # In the order of their names, a number would say something of the name.
+    groups = sorted(groups, key=lambda one: math.inf if one["loss"] is None else one["loss"])
+    shown = group_names([one["group"] for one in groups], names)
     return [
         "## Groups",
         "",
@@ -215,8 +220,7 @@ def group_lines(evaluation: Mapping[str, Any] | None, names: Mapping[str, str]) 
             ("group", "records", "loss", "untouched base", "token accuracy"),
             (
                 (
-                    names.get(one["group"], one["group"])
-                    + (" (worst)" if one["group"] == worst else ""),
+                    shown[one["group"]] + (" (worst)" if one["group"] == worst else ""),
                     one["records"],
                     _number(one["loss"], "-"),
                     _number(before.get(one["group"], {}).get("loss"), "-"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,22 @@ def site_names(run: FinishedRun, *, named: bool) -> dict[str, str]:
     sites = sorted({*run.summary["sites"], *rows})
     if named:
         return {site: site for site in sites}
-    # By what they spent: in the order of their names, a number would say something of the name.
-    order = sorted(sites, key=lambda site: (_spent(rows.get(site)), site))
+    # By what they spent, and by chance where that is the same: in the order of their names, a number would
+    # say something of the name.
+    secrets.SystemRandom().shuffle(sites)
+    order = sorted(sites, key=lambda site: _spent(rows.get(site)))
     return {site: f"site {number}" for number, site in enumerate(order, start=1)}
+
+
+def group_names(groups: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return how each group of test records is called, which may be named like a hospital or a file.
+
+    names: of the sites. Where these are numbered, so is every group that is none of them, in the given order.
+    """
+    named = all(site == shown for site, shown in names.items())
+    others = [group for group in groups if group not in names]
+    shown = {group: group if named else f"group {i}" for i, group in enumerate(others, start=1)}
+    return {**names, **shown}
 
 
 def _spent(row: Mapping[str, Any] | None) -> Sequence[float]:

@@ -138,6 +138,35 @@ def test_a_sites_number_does_not_follow_its_name(facts: CardFacts) -> None:
     }
 
 
+def test_sites_that_spent_the_same_are_numbered_by_chance(facts: CardFacts) -> None:
+    """Else who knows their names knows their numbers. In 40 draws one order alone: 2 in 2^40."""
+    rows = {"aarau": PROTECTED, "zug": PROTECTED}
+    drawn = {_of(facts, sites=["aarau", "zug"], privacy=rows).names["zug"] for _ in range(40)}
+    assert drawn == {"site 1", "site 2"}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_group_that_is_named_like_a_hospital_is_numbered_too(
+    facts: CardFacts, named: bool
+) -> None:
+    """A hospital that took no part, a name spelled otherwise, the name of a file."""
+    names = ["Bern Hospital", "north/harbour-records", "oslo"]
+    groups = [
+        {"group": name, "records": i, "loss": 9.0 - i, "token_accuracy": 0.5}
+        for i, name in enumerate(names)
+    ]
+    final = {**EVALUATION["models"]["final"], "groups": groups}
+    evaluation = {**EVALUATION, "models": {"base": {}, "final": final}, "worst_group": names[0]}
+    facts = replace(facts, names=site_names(facts.run, named=named))
+    card = make_card(replace(facts, evidence=Evidence(evaluation, None)))
+    for name in names:
+        assert (name in card) == named
+    if not named:
+        assert "| site 1 | 2 | 7.000 |" in card
+        assert "| group 1 | 1 | 8.000 |" in card
+        assert "| group 2 (worst) | 0 | 9.000 |" in card
+
+
 def test_a_run_without_protection_says_so_in_bold(facts: CardFacts) -> None:
     open_rows = {name: {**PROTECTED, "unit": "none", "epsilon": None} for name in ("bern", "oslo")}
     card = make_card(_of(facts, privacy=open_rows))
@@ -260,6 +289,7 @@ def test_no_text_leaves_its_cell_or_its_fence(facts: CardFacts) -> None:
     }}}  # fmt: skip
     config = facts.run.config.replace({"data.prompt-template": "```\n# {instruction}\n"})
     run = replace(facts.run, config=config)
+    facts = replace(facts, names=site_names(run, named=True))
     card = make_card(replace(facts, run=run, evidence=Evidence(evaluation, None)))
     assert "| a\\|b&lt;script> # c | 1 |" in card
     assert "````text\n```\n# {instruction}\n\n````" in card
