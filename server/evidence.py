@@ -25,7 +25,8 @@ class Evidence:
 def load_evidence(run: FinishedRun) -> Evidence:
     """Return what is known of a run's model.
 
-    Raises CheckpointError when a file is damaged, or an evaluation is of another adapter.
+    Raises CheckpointError when a file is damaged, an evaluation is of another adapter, or an attack is on
+    another run.
     """
     evaluation = _read(run.folder.path / EVALUATION_FILE)
     if evaluation is not None:
@@ -36,7 +37,13 @@ def load_evidence(run: FinishedRun) -> Evidence:
                 f"{run.folder.path / EVALUATION_FILE} is of adapter {str(found)[:16]}..., and this run's is "
                 f"{run.adapter_digest[:16]}...; evaluate the run again, or move that file away"
             )
-    return Evidence(evaluation, _read(run.folder.path / ATTACK_FILE))
+    attack = _read(run.folder.path / ATTACK_FILE)
+    if attack is not None and attack.get("run") != run.folder.run_uid:
+        raise CheckpointError(
+            f"{run.folder.path / ATTACK_FILE} is of run {str(attack.get('run'))[:16]!r}, and this one is "
+            f"{run.folder.run_uid[:16]!r}; make it anew with `consilium server audit`, or move that file away"
+        )
+    return Evidence(evaluation, attack)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from server.history import History
 from server.release_key import ReleaseKey, make_release_key
 from server.release_signature import verify_folder
 from tests.conftest import save_tiny_model
-from tests.unit.finished import finished_config, write_finished_run
+from tests.unit.finished import UID, finished_config, write_finished_run
 from tests.unit.scenarios import run as run_scenario
 
 
@@ -197,6 +197,7 @@ def test_release_key_makes_one_and_says_its_fingerprint(tmp_path: Path) -> None:
         ("evaluation of another", r"is of adapter 0000.*evaluate the run again"),
         ("odd evaluation", r"is not of the form that a model card is made from"),
         ("damaged attack", r"attack\.json is damaged"),
+        ("attack on another", r"attack\.json is of run 'another'.*consilium server audit"),
         ("odd attack", r"is not of the form that a model card is made from"),
         ("no package", r"pip install 'consilium\[release\]'"),
     ],
@@ -227,7 +228,8 @@ def test_what_is_amiss_is_said_before_any_work_and_nothing_is_left(
             "damaged attack": "[1]",
             "evaluation of another": json.dumps({"adapter": "0" * 64}),
             "odd evaluation": json.dumps({"adapter": adapter, "models": {}}),
-            "odd attack": json.dumps({"kind": "simulation", "audits": [{}], "ledger": {}}),
+            "attack on another": json.dumps({"kind": "simulation", "run": "another"}),
+            "odd attack": json.dumps({"kind": "twin", "run": UID, "audits": [{}], "ledger": {}}),
         }[amiss]
         (run_dir / name).write_text(content)
     monkeypatch.setattr("server.release.write_export", lambda *a, **k: pytest.fail("worked"))
