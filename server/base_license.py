@@ -56,9 +56,22 @@ def find_license(folder: Path, *, given: str = "") -> BaseLicense:
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
-    """Return the licence files of a base model's folder, sorted by name."""
-    found = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
-    return tuple(sorted(found))
+    """Return the licence files of a base model's folder, sorted by name.
+
+    A link counts where it leads to a file of the folder, or to the blobs of the hub's cache that it is in: a
+    folder that somebody else made must not have this machine's files read and released.
+    """
+    real = folder.resolve()
+    homes = [real]
+    if real.parent.name == "snapshots":
+        homes.append(real.parent.parent / "blobs")
+    return tuple(
+        sorted(
+            path
+            for path in {path for pattern in _FILES for path in folder.glob(pattern)}
+            if path.is_file() and any(path.resolve().is_relative_to(home) for home in homes)
+        )
+    )
 
 
 def copy_license_files(folder: Path, target: Path) -> None:

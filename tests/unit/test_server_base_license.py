@@ -50,14 +50,29 @@ def test_a_person_says_it_first(tmp_path: Path) -> None:
 
 
 def test_licence_texts_go_along_also_out_of_a_cache_of_links(tmp_path: Path) -> None:
-    base, target = tmp_path / "base", tmp_path / "target"
-    base.mkdir()
+    cache = tmp_path / "models--org--base"
+    base, target = cache / "snapshots" / "0a1b", tmp_path / "target"
+    base.mkdir(parents=True)
     target.mkdir()
-    (tmp_path / "blob").write_text("Ask us.")
-    (base / "LICENSE").symlink_to(tmp_path / "blob")
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "2c3d").write_text("Ask us.")
+    (base / "LICENSE").symlink_to("../../blobs/2c3d")
     (base / "NOTICE").write_text("Made by us.")
     (base / "config.json").write_text("{}")
     copy_license_files(base, target)
     assert sorted(path.name for path in target.iterdir()) == ["LICENSE", "NOTICE"]
     assert not (target / "LICENSE").is_symlink()
     assert (target / "LICENSE").read_text() == "Ask us."
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "COPYING"])
+def test_a_link_out_of_the_base_is_no_licence(tmp_path: Path, name: str) -> None:
+    """A folder that was cloned can hold a link to any file of this machine."""
+    base, target = tmp_path / "base", tmp_path / "target"
+    base.mkdir()
+    target.mkdir()
+    (tmp_path / "release.pem").write_text("a private key")
+    (base / name).symlink_to(tmp_path / "release.pem")
+    copy_license_files(base, target)
+    assert list(target.iterdir()) == []
+    assert find_license(base) == BaseLicense("unknown")
