@@ -62,13 +62,20 @@ def sign_folder(folder: Path, *, key: Path) -> None:
 def verify_folder(folder: Path, *, key: Path) -> Verified:
     """Compare a folder with what was signed.
 
-    key: release.pub. Raises ReleaseError when model.sig is missing, altered or by another key, ConfigError
-    when `key` is none.
+    key: release.pub, which is not in the folder. Raises ReleaseError when model.sig is missing, altered or by
+    another key, ConfigError when `key` is none.
     """
     believed = public_pem(key)
     library = require_model_signing()
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give that of a release")
+    # A link to a release is no link in it.
+    folder = folder.resolve()
+    if key.resolve().is_relative_to(folder):
+        raise ConfigError(
+            f"{key} came with what it is to check: whoever changed that could have changed the key; give the "
+            "release.pub that you have by another way"
+        )
     signed = _check_form(folder / SIGNATURE)
     hashing = _hashing(library)
     seen = _SeenHashing(hashing)
@@ -157,8 +164,9 @@ def _check_form(path: Path) -> dict[str, str]:
     payload alone, and any change of a release is to be found.
     """
     try:
-        if path.is_symlink():
-            raise ValueError("a link")
+        # Reading a pipe would wait for ever.
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise ValueError("not a plain file")
         text = path.read_bytes().decode("utf-8")
         content = json.loads(text)
         envelope, material = content["dsseEnvelope"], content["verificationMaterial"]

@@ -222,6 +222,43 @@ def test_a_signature_that_is_a_link_is_refused(release: Path, key: ReleaseKey) -
         verify_folder(release, key=key.public)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_signature_that_is_no_plain_file_is_refused(
+    release: Path, key: ReleaseKey, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Unread: a read of a pipe never ends."""
+    (release / SIGNATURE).unlink()
+    (os.mkfifo if kind == "pipe" else os.mkdir)(release / SIGNATURE)
+    read = Path.read_bytes
+    monkeypatch.setattr(
+        Path,
+        "read_bytes",
+        lambda path: pytest.fail("reads it") if path.name == SIGNATURE else read(path),
+    )
+    with pytest.raises(ReleaseError, match="is not a signature in the form"):
+        verify_folder(release, key=key.public)
+
+
+def test_a_key_that_came_with_the_release_is_not_believed(release: Path, tmp_path: Path) -> None:
+    """Whoever signs it anew ships the key that fits."""
+    thief = make_release_key(tmp_path)
+    (release / SIGNATURE).unlink()
+    shutil.copy(thief.public, release / "release.pub")
+    sign_folder(release, key=thief.private)
+    with pytest.raises(ConfigError, match=r"came with what it is to check.*by another way"):
+        verify_folder(release, key=release / "release.pub")
+    (tmp_path / "link").symlink_to(release)
+    with pytest.raises(ConfigError, match="came with what it is to check"):
+        verify_folder(tmp_path / "link", key=release / "release.pub")
+
+
+def test_a_release_that_is_reached_by_a_link_is_whole(
+    release: Path, key: ReleaseKey, tmp_path: Path
+) -> None:
+    (tmp_path / "current").symlink_to(release)
+    assert verify_folder(tmp_path / "current", key=key.public).differences == ()
+
+
 def test_what_changed_is_named(release: Path, key: ReleaseKey) -> None:
     (release / "config.json").write_text('{"hidden_size": 33}')
     (release / ".hidden").unlink()
