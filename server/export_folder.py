@@ -40,9 +40,15 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
         # Something may have come there meanwhile: the work took a while.
         check_place(target, within=within, force=force)
         _flush(made)
+        replaced = temporary / "replaced"
         if target.exists():
-            os.rename(target, temporary / "replaced")
-        os.rename(made, target)
+            os.rename(target, replaced)
+        try:
+            os.rename(made, target)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
         fsync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -52,6 +53,23 @@ def test_what_fails_leaves_the_earlier_export(tmp_path: Path) -> None:
         placing(tmp_path / "out", within=None, force=True),
     ):
         raise RuntimeError("on purpose")
+    assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
+
+
+def test_where_the_new_export_cannot_take_its_place_the_earlier_one_has_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _place(tmp_path / "out")
+    rename = os.rename
+
+    def refuse_the_new_one(source: Path, target: Path) -> None:
+        if target == tmp_path / "out" and Path(source).name == "out":
+            raise OSError("on purpose")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match="on purpose"):
+        _place(tmp_path / "out", force=True, name="b")
     assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
 
 
