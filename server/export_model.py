@@ -184,6 +184,8 @@ def _write(request: ExportRequest, base: BaseModel, folder: Path) -> None:
     model: Any = base.model
     # Off while training; a served model would be slow without.
     model.config.use_cache = getattr(AutoConfig.from_pretrained(request.base), "use_cache", True)
+    # It names code beside the base or on a hub, which nothing here has run or looked at.
+    vars(model.config).pop("auto_map", None)
     model.save_pretrained(folder, max_shard_size=_SHARD)
     base.tokenizer.save_pretrained(folder)
 

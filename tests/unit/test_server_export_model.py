@@ -206,6 +206,25 @@ def test_an_export_is_the_bases_but_for_its_weights_and_names_no_place(tmp_path:
     assert configs[0]["use_cache"] is True
 
 
+def test_no_code_of_the_base_and_no_pointer_to_it_is_exported(tmp_path: Path) -> None:
+    """A base may hold Python and pickle files beside its own, and name them for those who trust them."""
+    base = save_tiny_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "somebody/code--config.C",
+        "AutoModelForCausalLM": "model.M",
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "model.py").write_text("raise SystemExit")
+    (base / "pytorch_model.bin").write_bytes(b"pickle")
+    write_finished_run(tmp_path / "run", base, finished_config())
+    _export(tmp_path / "run", "merged", tmp_path / "merged")
+    assert {path.suffix for path in (tmp_path / "merged").iterdir()} == {".json", ".safetensors"}
+    for path in (tmp_path / "merged").iterdir():
+        assert b"auto_map" not in path.read_bytes()
+        assert b"somebody/code" not in path.read_bytes()
+
+
 def test_export_json_names_each_file_with_its_digest(tiny_model_dir: Path, tmp_path: Path) -> None:
     import hashlib
 
