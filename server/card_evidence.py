@@ -82,6 +82,8 @@ def privacy_lines(run: FinishedRun, names: Mapping[str, str]) -> list[str]:
     return [
         *lines,
         "",
+        "These are the sites' own signed words: nobody else saw their training.",
+        "",
         f"DP-SGD: each unit's gradient is clipped to {run.config.privacy.max_grad_norm:g} and Gaussian noise "
         "is added at the site. No single unit of a site changes what anybody can learn from this model by "
         "more than epsilon and delta allow, over all rounds of this run, and for this run alone.",

@@ -119,6 +119,7 @@ def test_it_names_what_each_site_spent_and_no_site(facts: CardFacts) -> None:
     assert "| site 1 | a record | 6.500 | 1e-05 | 0.8 | 40 | prv |" in card
     assert "| site 2 | a record | 7.500 | 1e-05 | 0.8 | 40 | prv |" in card
     assert "under differential privacy" in card
+    assert "These are the sites' own signed words" in card
     for name in ("bern", "oslo"):
         assert name not in card.lower()
 
