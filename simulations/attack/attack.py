@@ -13,7 +13,6 @@ from common.adapter import AdapterState
 from common.dataset import Records
 from common.lora import carrying
 from common.model import BaseModel
-from common.prompts import resolve_template
 from simulations.attack.gradient_audit import audit_gradients
 from simulations.attack.guessing import audit_scores, guess_rules
 from simulations.attack.membership import MembershipAttack, attack_membership
@@ -201,22 +200,20 @@ def planted_attack(
     """Ask both models for the planted people, and other questions of the training; None without any."""
     if not twin.people:
         return None
-    template = resolve_template(plan.config.data.prompt_template)
-    asked = [*(person.record for person in twin.people), *twin.trained][: effort.prompts]
-    questions = [template.format(instruction=one.instruction, input=one.input) for one in asked]
+    prompts = [*(person.record for person in twin.people), *twin.trained][: effort.prompts]
+    asked = as_examples(prompts, plan.config, base)
     done = 0
 
     def on_prompts(count: int) -> None:
         nonlocal done
         done += count
-        on_progress("sampling for planted identifiers", done, 2 * len(questions))
+        on_progress("sampling for planted identifiers", done, 2 * len(asked))
 
     def reproduced(model: nn.Module) -> int:
         texts = sample_answers(
             model,
             base,
-            questions,
-            max_length=plan.config.data.max_length,
+            asked,
             samples=effort.samples,
             seed=seed,
             on_prompts=on_prompts,
@@ -227,7 +224,7 @@ def planted_attack(
     with carrying(base, plan.config.lora, adapter) as model:
         found = reproduced(model)
     return PlantedResult(
-        prompts=len(questions),
+        prompts=len(asked),
         planted=len(twin.people),
         reproduced=found,
         reproduced_by_base=by_base,

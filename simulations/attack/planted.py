@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.model import BaseModel
-from common.prompts import Prompt
+from common.prompts import Examples, Prompt
 from common.seeding import derive_seed
 from simulations.clinical_vocabulary import FIRST_NAMES, SURNAMES
 
@@ -70,52 +70,44 @@ def count_reproduced(people: Sequence[PlantedPerson], texts: Sequence[str]) -> i
 def sample_answers(
     model: nn.Module,
     base: BaseModel,
-    questions: Sequence[str],
+    asked: Examples,
     *,
-    max_length: int,
     samples: int,
     seed: int,
     on_prompts: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """Return a model's answers to each question: one greedy, the others drawn at temperature 1.
+    """Return a model's answers to each record's question: one greedy, the others drawn at temperature 1.
 
-    questions: prompts as the model was trained on them. samples: of each, the greedy one included.
-    max_length: of question and answer, in tokens; a longer question loses its beginning.
-    on_prompts: is told after each batch how many were in it.
+    asked: records as training sees them; each question is what stands before the answer there, cut as there.
+    samples: of each, the greedy one included. on_prompts: is told after each batch how many were in it.
     """
     model.eval()
+    # Asked otherwise than it was trained, a model may keep to itself what it knows by heart.
+    questions = [one.token_ids[: len(one.token_ids) - one.num_answer] for one in asked]
     cuda = [base.device] if base.device.type == "cuda" else []
     texts: list[str] = []
     with torch.random.fork_rng(devices=cuda), torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(questions), _BATCH):
             part = questions[start : start + _BATCH]
-            texts += _generate(model, base, part, max_length=max_length, drawn=0)
+            texts += _generate(model, base, part, drawn=0)
             if samples > 1:
-                texts += _generate(model, base, part, max_length=max_length, drawn=samples - 1)
+                texts += _generate(model, base, part, drawn=samples - 1)
             on_prompts(len(part))
     return texts
 
 
 def _generate(
-    model: nn.Module, base: BaseModel, questions: Sequence[str], *, max_length: int, drawn: int
+    model: nn.Module, base: BaseModel, questions: Sequence[Sequence[int]], *, drawn: int
 ) -> list[str]:
     """Answers to a batch: the greedy ones, or so many drawn for each."""
     from transformers import GenerationConfig
 
     tokenizer = base.tokenizer
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = [
-        bos
-        + list(tokenizer(text, add_special_tokens=False).input_ids)[
-            -max(1, max_length - _NEW_TOKENS) :
-        ]
-        for text in questions
-    ]
-    longest = max(map(len, encoded))
+    longest = max(map(len, questions))
     # On the left: what is generated follows the last token of each.
-    ids = torch.tensor([[base.pad_id] * (longest - len(row)) + row for row in encoded])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
+    ids = torch.tensor([[base.pad_id] * (longest - len(row)) + [*row] for row in questions])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in questions])
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=_NEW_TOKENS,
         do_sample=drawn > 0,

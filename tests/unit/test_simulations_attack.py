@@ -179,23 +179,25 @@ def base() -> BaseModel:
     return load_base(embedded_model_dir(), section, device=choose_device())
 
 
-def test_a_model_that_learnt_a_planted_person_by_heart_says_them(base: BaseModel) -> None:
-    """The attack finds what is there: one record, trained on alone for 60 steps."""
+@pytest.mark.parametrize("max_length", [128, 64])
+def test_a_model_that_learnt_a_planted_person_by_heart_says_them(
+    base: BaseModel, max_length: int
+) -> None:
+    """The attack finds what is there: one record of 61 tokens, trained on alone for 60 steps."""
     config = RunConfig().replace(
         {
             "privacy.unit": "none", "train.rounds": 1, "train.local-steps": 60, "lora.rank": 16,
             "lora.alpha": 32.0, "train.batch-size": 1, "train.learning-rate": 1e-2,
-            "data.prompt-template": "question", "data.max-length": 128,
+            "data.prompt-template": "question", "data.max-length": max_length,
         }
     )  # fmt: skip
     (person,) = plant_people(1, seed=0)
     examples = as_examples([person.record], config, base)
     adapter = train_twin(plan_twin(config, declared_size=1), base, examples, None, site="site")
-    question = [f"Question: {person.record.instruction}\nAnswer: "]
 
     with carrying(base, config.lora, adapter) as model:
-        said = sample_answers(model, base, question, max_length=128, samples=1, seed=0)
-    untouched = sample_answers(base.model, base, question, max_length=128, samples=1, seed=0)
+        said = sample_answers(model, base, examples, samples=1, seed=0)
+    untouched = sample_answers(base.model, base, examples, samples=1, seed=0)
     assert count_reproduced([person], said) == 1
     assert count_reproduced([person], untouched) == 0
 
@@ -225,14 +227,15 @@ def test_canary_records_that_were_learnt_by_heart_are_told_apart(base: BaseModel
 
 def test_answers_do_not_depend_on_their_neighbours_in_a_batch(base: BaseModel) -> None:
     """Shorter questions are padded on the left, and the padding is not looked at."""
-    questions = ["Who?", "What is there to be said of this at all?"]
-    together = sample_answers(base.model, base, questions, max_length=128, samples=1, seed=0)
+    prompts = [Prompt(question, "", "x") for question in ("Who?", "What is to be said of this?")]
+    asked = as_examples(prompts, RunConfig(), base)
+    together = sample_answers(base.model, base, asked, samples=1, seed=0)
     alone = [
-        sample_answers(base.model, base, [one], max_length=128, samples=1, seed=0)[0]
-        for one in questions
+        sample_answers(base.model, base, asked[place : place + 1], samples=1, seed=0)[0]
+        for place in range(len(asked))
     ]
     assert together == alone
-    more = sample_answers(base.model, base, questions, max_length=128, samples=3, seed=0)
+    more = sample_answers(base.model, base, asked, samples=3, seed=0)
     assert len(more) == 6
     assert more[:2] == together
 
