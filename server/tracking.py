@@ -125,11 +125,12 @@ class _Teller:
     def tell(self, event: Event) -> None:
         if event["event"] in _ENDS:
             self._ended_by = event["event"]
-        numbers = told_numbers(event)
-        if self._tracker is None or not numbers:
+        if self._tracker is None:
             return
         try:
-            self._tracker.scalars(numbers, step=int(event.get("round", 0)))
+            numbers = told_numbers(event)
+            if numbers:
+                self._tracker.scalars(numbers, step=int(event.get("round", 0)))
         except Exception as error:
             self._give_up(error)
 

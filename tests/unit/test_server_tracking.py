@@ -145,6 +145,13 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(
     ]
 
 
+def test_an_event_that_no_tracker_can_be_told_stops_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _tell(_config(tensorboard=tmp_path), {**_round(1, 2.0), "privacy": {"north": {}}})
+    assert "tensorboard is told no more of this run, which goes on: KeyError" in caplog.text
+
+
 def test_a_tracker_that_cannot_be_opened_is_left_out_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
