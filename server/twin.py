@@ -70,20 +70,32 @@ def order_twin(run_dir: Path, *, site: str = "", size: int = 0) -> TwinOrder:
 
     site: the one of the largest declared size when "". size: its records, where the run does not tell: a run
     without protection, or one whose batch is as large as the site.
-    Raises ConfigError when the folder holds no finished run, or no such site.
+    Raises ConfigError when the folder holds no finished run, or no such site, or its summary is damaged.
     """
     folder = RunFolder(run_dir, "")
     if not folder.summary.is_file() or not (run_dir / "run.toml").is_file():
         raise ConfigError(f"{run_dir} holds no finished run; give the folder that --out named")
-    summary = json.loads(folder.summary.read_text())
+    try:
+        return _order(folder, site=site, size=size)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder.summary} or {folder.history} is not of the form that a run writes "
+            f"({type(error).__name__}); restore it from a backup"
+        ) from None
+
+
+def _order(folder: RunFolder, *, site: str, size: int) -> TwinOrder:
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     rows: dict[str, dict[str, Any]] = summary["privacy"]
     if not rows:
-        raise ConfigError(f"{run_dir}: no site replied in this run; there is nothing to imitate")
+        raise ConfigError(
+            f"{folder.path}: no site replied in this run; there is nothing to imitate"
+        )
     site = site or min(rows, key=lambda name: (rows[name]["sample_rate"], name))
     if site not in rows:
         raise ConfigError(f"--site {site!r} took no part in this run; that did: {', '.join(rows)}")
     row = rows[site]
-    config = load_run_config(run_dir / "run.toml")
+    config = load_run_config(folder.path / "run.toml")
     order = TwinOrder(
         run=summary["run"],
         config=config,

@@ -71,6 +71,16 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
         order_twin(folder, site="oslo")
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"run": "abc"}', '{"run": "abc", "privacy": {"north": {}}}']
+)
+def test_a_damaged_summary_is_told_in_words(tmp_path: Path, content: str) -> None:
+    folder = _write_run(tmp_path / "run", {})
+    (folder / "summary.json").write_text(content)
+    with pytest.raises(ConfigError, match="summary.json or .* is not of the form that a run write"):
+        order_twin(folder)
+
+
 def test_the_simulation_is_found_by_its_entry_point_or_missed_in_words() -> None:
     assert find_audit([ENTRY]) is audit_twin
     pyproject = tomllib.loads((Path(server.__file__).parents[1] / "pyproject.toml").read_text())
