@@ -68,7 +68,9 @@ def area_under_roc(members: Scores, nonmembers: Scores, *, confidence: float) ->
     """Return the chance that a member scores above a non-member (a tie counts half), with its interval.
 
     The interval is normal with the variance of DeLong et al. (Biometrics 44, 1988), from midranks as in
-    Sun and Xu (IEEE Signal Processing Letters 21, 2014), cut to 0..1.
+    Sun and Xu (IEEE Signal Processing Letters 21, 2014), cut to 0..1. That variance is 0 where the area is
+    0 or 1, however few the scores are: there k = min(m, n) separate pairs, all of them alike, bound the area
+    at (1 - confidence) / 2 to the power of 1 / k (Clopper and Pearson). One score alone has no variance.
     """
     m, n = len(members), len(nonmembers)
     together = rankdata(np.concatenate([members, nonmembers]))
@@ -76,9 +78,12 @@ def area_under_roc(members: Scores, nonmembers: Scores, *, confidence: float) ->
     above = (together[:m] - rankdata(members)) / n
     below = 1 - (together[m:] - rankdata(nonmembers)) / m
     value = float(above.mean())
-    variance = sum(
-        part.var(ddof=1) / len(part) if len(part) > 1 else 0.0 for part in (above, below)
-    )
+    if value in (0.0, 1.0):
+        reach = 1 - ((1 - confidence) / 2) ** (1 / min(m, n))
+        return Interval(value, max(0.0, value - reach), min(1.0, value + reach))
+    if min(m, n) < 2:
+        return Interval(value, 0.0, 1.0)
+    variance = sum(part.var(ddof=1) / len(part) for part in (above, below))
     half = float(norm.ppf((1 + confidence) / 2) * np.sqrt(variance))
     return Interval(value, max(0.0, value - half), min(1.0, value + half))
 

@@ -39,6 +39,8 @@ def test_area_and_interval_are_delongs_and_torchmetrics(
     # torchmetrics takes scores outside 0..1 through a sigmoid, which keeps their order.
     reference = binary_auroc(torch.tensor(np.concatenate([members, nonmembers]) * 0.1), target)
     assert auc.value == pytest.approx(float(reference), abs=1e-6)
+    if auc.value in (0.0, 1.0):
+        return
 
     wins = (members[:, None] > nonmembers) + 0.5 * (members[:, None] == nonmembers)
     by_member, by_nonmember = wins.mean(axis=1), wins.mean(axis=0)
@@ -46,6 +48,17 @@ def test_area_and_interval_are_delongs_and_torchmetrics(
     half = norm.ppf(0.975) * np.sqrt(variance)
     assert auc.low == pytest.approx(max(0, wins.mean() - half), abs=1e-9)
     assert auc.high == pytest.approx(min(1, wins.mean() + half), abs=1e-9)
+
+
+def test_a_few_records_that_are_all_told_apart_are_no_certainty() -> None:
+    """Three pairs of three: 0.025^(1/3) = 0.2924."""
+    members, others = np.array([4.0, 5.0, 6.0]), np.array([1.0, 2.0, 3.0, 0.0])
+    all_right = area_under_roc(members, others, confidence=0.95)
+    all_wrong = area_under_roc(others, members, confidence=0.95)
+    assert (all_right.low, all_right.high) == (pytest.approx(0.2924, abs=1e-4), 1.0)
+    assert (all_wrong.low, all_wrong.high) == (0.0, pytest.approx(0.7076, abs=1e-4))
+    level = area_under_roc(np.ones(1), np.ones(9), confidence=0.95)
+    assert (level.value, level.low, level.high) == (0.5, 0.0, 1.0)
 
 
 def test_rate_at_one_percent_by_hand() -> None:
