@@ -108,8 +108,9 @@ def _spent(rows: Sequence[SitePrivacy]) -> Picture:
     return Picture(
         "epsilon",
         "Epsilon spent",
-        "What each site has spent in this run, and the most it may. Smaller protects more; what its data "
-        "set has spent in other runs comes on top.",
+        "What each site had spent in this run by its last update that was merged, and the most it may. "
+        "Smaller protects more; what it spent on later updates that were refused or came late, and its data "
+        "set in other runs, comes on top.",
         f"Epsilon of {len(rows)} sites, at most {worst.epsilon:.2f} ({worst.site}).",
         canvas.svg,
         many,
