@@ -60,8 +60,10 @@ def try_report(run_dir: Path) -> Path | None:
     try:
         with console.status("Drawing the report"):
             return write_report(run_dir)
-    except (ConsiliumError, OSError) as error:
-        console.print(
-            f"[yellow]No report was written: {escape(str(error))}[/yellow]", soft_wrap=True
-        )
-        return None
+    except ConsiliumError as error:
+        trouble = str(error)
+    except Exception as error:
+        # Whatever what draws may raise: the run is done.
+        trouble = f"{type(error).__name__}: {error}"
+    console.print(f"[yellow]No report was written: {escape(trouble)}[/yellow]", soft_wrap=True)
+    return None

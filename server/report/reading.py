@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, Scalar, flatten, read_toml
-from common.errors import ConfigError, ConsiliumError
+from common.errors import ConfigError, ConsiliumError, DataError
 from common.locks import lock_holder
 from server.history import Event, read_events
+from server.report.places import place_name, without_places
 from server.report.record import Presence, RoundRecord, RunRecord, Scores, SitePrivacy
-from server.report.results import Evaluation, read_attack, read_evaluation
+from server.report.results import Attack, Evaluation, read_attack, read_evaluation
 from server.run_folder import RunFolder, run_lock
 from server.run_state import run_state
 
@@ -24,6 +27,16 @@ def read_run(run_dir: Path) -> RunRecord:
     """Return what a run's folder tells. Raises ConfigError where it holds none, DataError for damage."""
     if not (run_dir / "run.toml").is_file():
         raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
+    try:
+        return _read(run_dir)
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise DataError(
+            f"run.toml, history.jsonl or summary.json in {run_dir} is not of the form that a run writes "
+            f"({type(error).__name__}); restore it from a backup"
+        ) from None
+
+
+def _read(run_dir: Path) -> RunRecord:
     folder = RunFolder(run_dir.resolve(), "")
     settings = _settings(run_dir / "run.toml")
     held = lock_holder(run_lock(folder.path)) is not None
@@ -49,8 +62,7 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=folder.path.name,
         uid=uid,
-        folder=folder.path,
-        state=state,
+        state=replace(state, message=without_places(state.message)),
         settings=settings,
         rounds_planned=int(planned) if planned else state.rounds,
         sites=sites,
@@ -63,7 +75,7 @@ def read_run(run_dir: Path) -> RunRecord:
         wall_s=_wall_s(events, summary, over=state.kind == "finished"),
         simulated=(folder.path / "simulation").is_dir(),
         evaluation=_own(read_evaluation(folder.path), uid),
-        attack=read_attack(folder.path),
+        attack=_of_this_run(read_attack(folder.path), uid),
     )
 
 
@@ -72,13 +84,21 @@ def _own(evaluation: Evaluation | None, uid: str) -> Evaluation | None:
     return None if evaluation is not None and evaluation.run not in ("", uid) else evaluation
 
 
+def _of_this_run(attack: Attack | None, uid: str) -> Attack | None:
+    """An audit of another run's twin says nothing of this one; a simulation's has a name, and no uid."""
+    if attack is None or attack.kind != "simulated twin":
+        return attack
+    return None if attack.run not in ("", uid) else attack
+
+
 def _settings(path: Path) -> dict[str, Scalar]:
     saved: dict[str, Scalar] = flatten(read_toml(path))
-    try:
-        return RunConfig.parse(saved).flat()
-    except ConsiliumError:
-        # Of another version: what it says is shown as it is.
-        return saved
+    # Of another version: what it says is shown as it is.
+    with suppress(ConsiliumError):
+        saved = RunConfig.parse(saved).flat()
+    return {
+        key: place_name(value) if isinstance(value, str) else value for key, value in saved.items()
+    }
 
 
 def _summary(path: Path) -> dict[str, Any]:

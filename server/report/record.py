@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from common.config import Scalar
@@ -72,7 +71,6 @@ class RunRecord:
 
     name: str
     uid: str
-    folder: Path
     state: RunState
     settings: Mapping[str, Scalar]
     rounds_planned: int

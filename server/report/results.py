@@ -162,6 +162,7 @@ class Attack(_Part):
     """The whole of attack.json."""
 
     kind: str = "simulation"
+    run: str = ""
     site: str = ""
     ledger: Ledger = Ledger()
     audits: tuple[Audit, ...] = ()

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from common.config import read_toml
 from common.errors import ConfigError
 from server.cli import app
+from server.cli_report import try_report
 from server.report.comparison import MOST_RUNS, comparison_page, distinct_names
 from server.report.drawing import BLUE, INK, drawing
 from server.report.markup import live_script, policy
@@ -52,6 +53,21 @@ def test_what_people_and_models_wrote_is_escaped(full: str) -> None:
     assert "&lt;script&gt;document.title" in full
     assert "&lt;b&gt;oxygen&lt;/b&gt;" in full
     assert "Aspirin &amp; oxygen." in full
+
+
+def test_the_page_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    assert str(tmp_path) not in _page(write_run(tmp_path / "run", rounds=1))
+
+
+def test_a_report_that_cannot_be_drawn_does_not_spoil_the_end_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_font(run_dir: Path) -> Path:
+        raise RuntimeError("no font is found")
+
+    monkeypatch.setattr("server.report.page.write_report", no_font)
+    assert try_report(tmp_path) is None
+    assert "No report was written: RuntimeError: no font is found" in capsys.readouterr().out
 
 
 def test_each_picture_has_a_title_a_caption_and_words_for_it(full: str) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from common.config import Scalar
 from common.errors import ConfigError, DataError
 from common.locks import hold_lock
 from server.history import History
+from server.report.places import place_name, without_places
 from server.report.reading import read_run
 from server.run_folder import run_lock
-from tests.unit.fake_runs import evaluation, write_results, write_run
+from tests.unit.fake_runs import attack, evaluation, write_results, write_run
 
 
 def test_a_finished_run_is_read_with_who_was_missing_and_why(tmp_path: Path) -> None:
@@ -89,6 +91,35 @@ def test_an_evaluation_of_another_run_in_the_folder_is_not_shown(tmp_path: Path)
     assert read_run(folder).evaluation is None
 
 
+def test_an_audit_of_another_runs_twin_is_not_shown_and_a_simulations_is(tmp_path: Path) -> None:
+    folder = write_results(write_run(tmp_path / "run"))
+    assert read_run(folder).attack is not None
+    (folder / "attack.json").write_text(json.dumps({**attack(), "run": "another"}))
+    assert read_run(folder).attack is None
+    simulated = {**attack(), "run": "demo", "kind": "simulation"}
+    (folder / "attack.json").write_text(json.dumps(simulated))
+    assert read_run(folder).attack is not None
+
+
+def test_no_place_of_this_machine_is_read_into_a_report(tmp_path: Path) -> None:
+    settings: dict[str, Scalar] = {
+        "model.name": "/home/ann lee/models/llama",
+        "evaluation.central-data": "~/private/test.jsonl",
+    }
+    folder = write_run(tmp_path / "run", end="", settings=settings)
+    message = "the disk of /home/ann/runs/one is full ([Errno 28]: '/home/ann/runs/one/x.part')"
+    History(folder / "history.jsonl").record("stopped", code="disk", message=message)
+    run = read_run(folder)
+    assert run.settings["model.name"] == "llama"
+    assert run.settings["evaluation.central-data"] == "test.jsonl"
+    assert run.state.message == "the disk of one is full ([Errno 28]: 'x.part')"
+
+
+@pytest.mark.parametrize("text", ["org/name", "https://example.org/a/b", "a / b", "4/5 of 1/2"])
+def test_what_is_no_place_is_left_as_it_is(text: str) -> None:
+    assert (without_places(text), place_name(text)) == (text, text)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -106,6 +137,24 @@ def test_what_is_damaged_is_named_with_the_remedy(
     folder = write_run(tmp_path / "run")
     (folder / name).write_text(content)
     with pytest.raises(DataError, match=said):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("history.jsonl", b"null\n"),
+        ("history.jsonl", b'{"event": "round", "time": 1}\n'),
+        ("history.jsonl", b"\xff\xfe\n"),
+        ("summary.json", b'{"rounds": [{"sites": []}]}'),
+        ("summary.json", b'{"central": [1]}'),
+        ("run.toml", b'[train]\nrounds = "many"\n'),
+    ],
+)
+def test_a_file_of_another_form_is_told_in_words(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match="is not of the form that a run writes"):
         read_run(folder)
 
 
