@@ -133,7 +133,8 @@ def _curves(
                 color=SERIES[index % len(SERIES)],
                 linestyle=DASHES[index // len(SERIES)],
                 marker=marker(len(points)),
-                label=name,
+                # matplotlib leaves out of a legend what begins with an underscore.
+                label=f"\u200b{name}" if name.startswith("_") else name,
             )
         for index, base in enumerate(sorted(bases)):
             label = "base" if index == 0 else None

@@ -180,6 +180,14 @@ def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     assert "<script" not in page
 
 
+def test_a_run_whose_folder_begins_with_an_underscore_is_named_beside_its_line(
+    tmp_path: Path,
+) -> None:
+    page = comparison_page([write_run(tmp_path / name, rounds=2) for name in ("_old", "new")])
+    (loss, *_) = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert "_old<" in loss
+
+
 def test_too_many_runs_and_the_same_one_twice_are_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with pytest.raises(ConfigError, match=f"more than the {MOST_RUNS} whose lines"):
