@@ -13,6 +13,8 @@ from rich.table import Table
 from common.files import write_atomically
 
 ATTACK_FILE = "attack.json"
+# A bound that honest training reaches in rehearsals, and misses hardly ever.
+_SOMETHING = 0.2
 
 
 def write_attack(folder: Path, content: Mapping[str, Any]) -> Path:
@@ -52,6 +54,13 @@ def attack_sentences(content: Mapping[str, Any]) -> list[str]:
         for audit in content["audits"]
         if exceeds_ledger(audit)
     ]
+    sentences += [
+        f"{audit['name']}: nothing was seen, and training as it is claimed shows about "
+        f"{audit['epsilon_rehearsed']:.2f}: the canaries may not have reached it, so find out before you "
+        "trust this audit"
+        for audit in content["audits"]
+        if is_blind(audit)
+    ]
     sentences.append(
         f"This is {content['scope']}. A lower bound near 0 shows that these attacks failed, not that "
         "every attack would."
@@ -63,6 +72,11 @@ def exceeds_ledger(audit: Mapping[str, Any]) -> bool:
     """Whether an audit of attack.json shows more than the ledger counts."""
     claimed = audit["ledger_epsilon_at_delta"]
     return claimed is not None and bool(audit["epsilon_lower"] > claimed)
+
+
+def is_blind(audit: Mapping[str, Any]) -> bool:
+    """Whether an audit of attack.json shows nothing where an honest training would show something."""
+    return float(audit.get("epsilon_rehearsed") or 0.0) > _SOMETHING and not audit["epsilon_lower"]
 
 
 def _ledger_sentence(content: Mapping[str, Any]) -> str:
@@ -81,7 +95,7 @@ def _ledger_sentence(content: Mapping[str, Any]) -> str:
 def _audit_table(audits: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Epsilon, bounded from below", header_style="bold")
     table.add_column("audit")
-    columns = ("canaries", "guesses", "correct", "epsilon at least", "ledger")
+    columns = ("canaries", "guesses", "correct", "epsilon at least", "as claimed", "ledger")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for audit in audits:
@@ -92,8 +106,9 @@ def _audit_table(audits: Sequence[Mapping[str, Any]]) -> Table:
             f"{audit['guesses']:,}",
             f"{audit['correct']:,}",
             f"{audit['epsilon_lower']:.2f} ({audit['confidence']:.0%})",
+            "-" if (shown := audit.get("epsilon_rehearsed")) is None else f"{shown:.2f}",
             "none" if claimed is None else f"{claimed:.2f}",
-            style="bold red" if exceeds_ledger(audit) else None,
+            style="bold red" if exceeds_ledger(audit) or is_blind(audit) else None,
         )
     return table
 

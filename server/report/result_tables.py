@@ -143,7 +143,15 @@ def attack_tables(attack: Attack) -> list[TextTable]:
         found.append(
             TextTable(
                 "Lower bounds on epsilon, each from one training run",
-                ("audit", "canaries", "guesses", "correct", "epsilon at least", "ledger"),
+                (
+                    "audit",
+                    "canaries",
+                    "guesses",
+                    "correct",
+                    "epsilon at least",
+                    "as claimed",
+                    "ledger",
+                ),
                 tuple(
                     (
                         f"{one.name} ({one.confidence:.0%})",
@@ -151,6 +159,7 @@ def attack_tables(attack: Attack) -> list[TextTable]:
                         f"{one.guesses:,}",
                         f"{one.correct:,}",
                         number(one.epsilon_lower, ".2f"),
+                        number(one.epsilon_rehearsed, ".2f"),
                         number(one.ledger_epsilon_at_delta, ".2f"),
                     )
                     for one in attack.audits

@@ -134,6 +134,7 @@ class Audit(_Part):
     epsilon_lower: float | None = None
     delta: float | None = None
     ledger_epsilon_at_delta: float | None = None
+    epsilon_rehearsed: float | None = None
 
 
 class Membership(_Part):

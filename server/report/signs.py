@@ -42,6 +42,7 @@ def warning_signs(run: RunRecord) -> tuple[Sign, ...]:
         for rule in (
             _ended_badly,
             _protection_broken,
+            _audit_is_blind,
             _diverged,
             _over_fitted,
             _beyond_caps,
@@ -56,6 +57,10 @@ def warning_signs(run: RunRecord) -> tuple[Sign, ...]:
         for sign in rule(run)
     ]
     return tuple(sorted(found, key=lambda sign: not sign.serious))
+
+
+# A bound that honest training reaches in an audit's rehearsals, and misses hardly ever.
+_SOMETHING = 0.2
 
 
 def _ended_badly(run: RunRecord) -> Iterator[Sign]:
@@ -77,6 +82,17 @@ def _protection_broken(run: RunRecord) -> Iterator[Sign]:
                 f"{audit.name}: epsilon is at least {low:.2f} at {audit.confidence:.0%} confidence, and the "
                 f"ledger says {stated:.2f}; the protection does not do what it says.",
                 serious=True,
+            )
+
+
+def _audit_is_blind(run: RunRecord) -> Iterator[Sign]:
+    for audit in run.attack.audits if run.attack else ():
+        shown = audit.epsilon_rehearsed or 0.0
+        if shown > _SOMETHING and audit.epsilon_lower == 0:
+            yield Sign(
+                "An audit saw nothing at all",
+                f"{audit.name}: training as it is claimed shows about {shown:.2f}, so the canaries may not have "
+                "reached it; it is no sign of protection.",
             )
 
 

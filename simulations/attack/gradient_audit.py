@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from client.noise import Entropy
 from common.lora import attached
@@ -42,7 +43,7 @@ def audit_gradients(
         width = sum(p.numel() for p in model.parameters() if p.requires_grad)
     count = min(at_most, width)
     # Before there is a score to look at.
-    rule = rehearsed_rule(
+    rehearsed = rehearsed_rule(
         lambda random: rehearse(random, canaries=count, mechanism=mechanism),
         delta=ledger.delta,
         confidence=confidence,
@@ -59,12 +60,13 @@ def audit_gradients(
         around=watched.around,
         on_step=on_step,
     )
-    return audit_scores(
+    found = audit_scores(
         GRADIENT_CANARIES,
         watched.scores,
         watched.coins,
-        rules=[rule],
+        rules=[rehearsed.rule],
         delta=ledger.delta,
         ledger_epsilon=ledger.epsilon,
         confidence=confidence,
     )
+    return replace(found, epsilon_rehearsed=rehearsed.epsilon_lower)

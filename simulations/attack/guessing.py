@@ -36,10 +36,20 @@ class GuessRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """The rule that rehearsals chose. epsilon_lower: that it bounds on average where all is as claimed."""
+
+    rule: GuessRule
+    epsilon_lower: float
+
+
+@dataclass(frozen=True, slots=True)
 class Audit:
     """What one audit found. epsilon_lower: the mechanism's own exceeds it, at `delta` and `confidence`.
 
     ledger_epsilon_at_delta: what the ledger counts for the same steps; None without protection.
+    epsilon_rehearsed: what the same audit shows of a mechanism that is what it is claimed to be, its power;
+    None where nobody rehearsed.
     """
 
     name: str
@@ -50,6 +60,7 @@ class Audit:
     epsilon_lower: float
     delta: float
     ledger_epsilon_at_delta: float | None
+    epsilon_rehearsed: float | None = None
 
     @property
     def exceeds_ledger(self) -> bool:
@@ -79,7 +90,7 @@ def rehearsed_rule(
     delta: float,
     confidence: float,
     seed: int,
-) -> GuessRule:
+) -> Rehearsed:
     """Return the rule that bounds highest, on average, in rehearsals that know no real coin.
 
     rehearse: draws scores and coins as a mechanism would that is what it is claimed to be.
@@ -89,9 +100,10 @@ def rehearsed_rule(
     draws = [rehearse(np.random.default_rng(one)) for one in seeds]
 
     def mean_bound(rule: GuessRule) -> float:
-        return sum(_bound(*draw, rule, delta, confidence) for draw in draws)
+        return sum(_bound(*draw, rule, delta, confidence) for draw in draws) / len(draws)
 
-    return max(guess_rules(len(draws[0][0])), key=mean_bound)
+    best = max(guess_rules(len(draws[0][0])), key=mean_bound)
+    return Rehearsed(best, mean_bound(best))
 
 
 def audit_scores(

@@ -54,6 +54,18 @@ def test_tables_fit_100_columns_and_say_each_number() -> None:
     assert "…" not in said
 
 
+def test_an_audit_that_saw_nothing_where_it_would_have_is_not_believed() -> None:
+    """As when the canaries never reached the training: a bound of 0, and no protection shown by it."""
+    content = _content(lower=0.0)
+    content["audits"][0]["epsilon_rehearsed"] = 1.5
+    words = "the canaries may not have reached it"
+    assert words in " ".join(_said(content).split())
+    for rehearsed, lower in ((1.5, 0.4), (0.1, 0.0), (None, 0.0)):
+        content = _content(lower=lower)
+        content["audits"][0]["epsilon_rehearsed"] = rehearsed
+        assert words not in " ".join(_said(content).split())
+
+
 def test_limits_are_said_last() -> None:
     ledger, planted, limits = attack_sentences(_content())
     assert ledger.startswith(

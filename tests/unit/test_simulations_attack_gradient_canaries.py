@@ -91,7 +91,7 @@ def _audit(
         delta=DELTA,
         confidence=0.95,
         seed=seed,
-    )
+    ).rule
     return audit_scores(
         "audit", watched.scores, watched.coins, rules=[rule], delta=DELTA, ledger_epsilon=claimed
     )

@@ -71,9 +71,11 @@ def test_a_rehearsal_leaves_alone_the_end_that_tells_nothing() -> None:
         coins = random.random(4000) < 0.5
         return 10.0 * (coins & (random.random(4000) < 0.1)), coins
 
-    rule = rehearsed_rule(rehearse, delta=1e-5, confidence=0.95, seed=0)
-    assert rule.lowest == 0
-    assert 80 <= rule.highest <= 200
+    found = rehearsed_rule(rehearse, delta=1e-5, confidence=0.95, seed=0)
+    assert found.rule.lowest == 0
+    assert 80 <= found.rule.highest <= 200
+    # 80 that are all right bound higher than 2, and none but those.
+    assert 2.0 < found.epsilon_lower < 5.0
 
 
 def test_canaries_and_coins_are_their_seeds() -> None:
