@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def group_names(groups: Iterable[str], names: Mapping[str, str]) -> dict[str, st
     return {**names, **shown}
 
 
-def _spent(row: Mapping[str, Any] | None) -> Sequence[float]:
+def _spent(row: Mapping[str, Any] | None) -> tuple[float, ...]:
     if row is None:
         return (math.inf,)
     epsilon = math.inf if row["epsilon"] is None else row["epsilon"]
