@@ -25,13 +25,15 @@ def introduction(facts: CardFacts) -> list[str]:
         if facts.export["format"] == "merged"
         else f"a LoRA adapter for the base model `{run.base_name}`"
     )
-    return [
-        f"# {facts.title}",
-        "",
-        f"{len(run.summary['sites'])} hospitals trained this language model together in "
-        f"{len(run.summary['rounds'])} rounds, {protected}, with Consilium: each on its own premises and its "
-        f"own records, of which none left it. It is {form}.",
-    ]
+    sites, rounds = len(run.summary["sites"]), len(run.summary["rounds"])
+    trained = (
+        f"**This comes of a simulation:** one machine, which held all records, imitated {sites} hospitals "
+        f"that train this language model together in {rounds} rounds, {protected}, with Consilium."
+        if run.simulated
+        else f"{sites} hospitals trained this language model together in {rounds} rounds, {protected}, with "
+        "Consilium: each on its own premises and its own records, of which none left it."
+    )
+    return [f"# {facts.title}", "", f"{trained} It is {form}."]
 
 
 def use_lines(facts: CardFacts) -> list[str]:

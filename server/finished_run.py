@@ -50,6 +50,11 @@ class FinishedRun:
         return int(self.summary["exported_round"])
 
     @property
+    def simulated(self) -> bool:
+        """Whether one machine imitated its hospitals; their own folders then lie in the run's."""
+        return (self.folder.path / "simulation").is_dir()
+
+    @property
     def base_name(self) -> str:
         """The base model's name without a place on this machine; "org/name" of the hub stays."""
         name = self.config.model.name

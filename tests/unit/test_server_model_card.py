@@ -114,6 +114,16 @@ def test_its_metadata_is_read_back_by_the_hubs_own_library(
     assert data.metrics == ["accuracy", "bleu", "exact_match", "f1", "perplexity", "rouge"]
 
 
+def test_a_simulation_is_not_said_to_be_the_work_of_hospitals(facts: CardFacts) -> None:
+    card = make_card(facts)
+    assert "one machine, which held all records, imitated 2 hospitals" in card
+    assert "premises" not in card
+    # A coordinator's run has no hospitals' folders in its own.
+    (facts.run.folder.path / "simulation").rename(facts.run.folder.path / "elsewhere")
+    assert "2 hospitals trained this language model together" in make_card(facts)
+    assert "each on its own premises" in make_card(facts)
+
+
 def test_it_names_what_each_site_spent_and_no_site(facts: CardFacts) -> None:
     card = make_card(facts)
     assert "| site 1 | a record | 6.500 | 1e-05 | 0.8 | 40 | prv |" in card
