@@ -176,8 +176,8 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
     if final:
         records = f"{evaluation['records']} " if evaluation and evaluation["models"] else ""
         lines += [
-            f"On {records}central test records of the coordinator, which no site trained on; base in "
-            f"{run.config.model.quantization}, as in training:",
+            f"On {records}central test records, which the coordinator chose (whether a site trained on any "
+            f"of them, nobody checked); base in {run.config.model.quantization}, as in training:",
             "",
             *table(
                 ("metric", "untouched base", "this model"),

@@ -124,6 +124,17 @@ def test_a_simulation_is_not_said_to_be_the_work_of_hospitals(facts: CardFacts) 
     assert "each on its own premises" in make_card(facts)
 
 
+def test_test_records_are_not_vouched_for_that_nobody_compared_with_the_sites(
+    facts: CardFacts,
+) -> None:
+    card = make_card(facts)
+    assert (
+        "which the coordinator chose (whether a site trained on any of them, nobody checked)"
+        in card
+    )
+    assert "no site trained on" not in card
+
+
 def test_it_names_what_each_site_spent_and_no_site(facts: CardFacts) -> None:
     card = make_card(facts)
     assert "| site 1 | a record | 6.500 | 1e-05 | 0.8 | 40 | prv |" in card
