@@ -91,8 +91,8 @@ def _audit_is_blind(run: RunRecord) -> Iterator[Sign]:
         if shown > _SOMETHING and audit.epsilon_lower == 0:
             yield Sign(
                 "An audit saw nothing at all",
-                f"{audit.name}: training as it is claimed shows about {shown:.2f}, so the canaries may not have "
-                "reached it; it is no sign of protection.",
+                f"{audit.name}: training as it is claimed shows about {shown:.2f}, so the canaries may "
+                "not have reached it; it is no sign of protection.",
             )
 
 

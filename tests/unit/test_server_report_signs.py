@@ -98,6 +98,17 @@ def test_a_run_that_stopped_says_why_first(tmp_path: Path) -> None:
     assert "after round 2 of 4 (quorum): too few sites came" in first.text
 
 
+def test_an_audit_that_saw_nothing_is_no_sign_of_protection(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    found = attack(epsilon_lower=0.0)
+    for rehearsed, warned in ((1.5, True), (0.1, False), (None, False)):
+        for audit in found["audits"]:
+            audit["epsilon_rehearsed"] = rehearsed
+        (folder / "attack.json").write_text(json.dumps(found))
+        titles = [sign.title for sign in warning_signs(read_run(folder))]
+        assert ("An audit saw nothing at all" in titles) is warned
+
+
 @pytest.mark.parametrize(
     ("found", "title"),
     [
