@@ -16,10 +16,10 @@ from rich.table import Table
 
 from common.cli import console
 from common.errors import ReleaseError
-from server.release_key import PRIVATE_FILE, make_release_key
+from server.release.key import PRIVATE_FILE, make_release_key
 
 if TYPE_CHECKING:
-    from server.export_model import ExportReport, OnStep
+    from server.export.model import ExportReport, OnStep
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run's folder.")]
 Model = Annotated[
@@ -52,8 +52,8 @@ def export(
 ) -> None:
     """Export a finished run's model, load it back, and measure that it is the same one."""
     # Only here, because they load torch.
-    from server.export_folder import check_place, placing
-    from server.export_model import STEPS, ExportRequest, write_export
+    from server.export.folder import check_place, placing
+    from server.export.model import STEPS, ExportRequest, write_export
     from server.finished_run import find_base, load_finished_run
 
     target, within = (out, None) if out else (run_dir / "export" / form, run_dir)
@@ -103,11 +103,11 @@ def release(
 ) -> None:
     """Export a finished run's model with a model card, a list of parts, and a signature over all of it."""
     # Only here, because they load torch.
-    from server.export_folder import check_place, placing
-    from server.export_model import ExportRequest
+    from server.export.folder import check_place, placing
+    from server.export.model import ExportRequest
     from server.finished_run import find_base, load_finished_run
-    from server.release import STEPS, ReleaseRequest, check_release, write_release
-    from server.release_signature import SIGNATURE
+    from server.release.releasing import STEPS, ReleaseRequest, check_release, write_release
+    from server.release.signature import SIGNATURE
 
     target, within = (out, None) if out else (run_dir / "release", run_dir)
     check_place(target, within=within, force=force)
@@ -159,7 +159,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="For another program to read.")] = False,
 ) -> None:
     """Check that a release is what its coordinator signed, to the byte; exit code 9 when it is not."""
-    from server.release_signature import verify_folder
+    from server.release.signature import verify_folder
 
     with console.status(f"Reading {escape(str(folder))}"):
         found = verify_folder(folder, key=key)

@@ -20,7 +20,7 @@ from server.certificates import (
     save_certified,
 )
 from server.coordinator import COORDINATOR_FILE, Coordinator, load_coordinator
-from server.release_key import make_release_key
+from server.release.key import make_release_key
 from server.roster import Roster
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")

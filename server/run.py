@@ -27,7 +27,7 @@ from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
 from server.evaluation import evaluate
 from server.exclusions import Exclusions
-from server.export import export_adapter
+from server.export.adapter import export_adapter
 from server.global_adapter import first_adapter, merge_replies
 from server.history import Event, History, Listener, read_events
 from server.incoming import empty_incoming, incoming_folder

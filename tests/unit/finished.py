@@ -13,7 +13,7 @@ from common.lora import initial_adapter
 from common.model import choose_device, load_base
 from common.model_folder import digest_model
 from server.checkpoint import Checkpoint, save_checkpoint
-from server.export import export_adapter
+from server.export.adapter import export_adapter
 from server.history import History
 from server.launch import Launch
 from server.run_folder import RunFolder, open_run_folder

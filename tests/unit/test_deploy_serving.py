@@ -11,7 +11,7 @@ import torch
 import typer.main
 
 import server.cli
-from server.export_model import TOLERANCES
+from server.export.model import TOLERANCES
 from simulations.embedded import embedded_model_dir
 from tests.unit.finished import finished_config, write_finished_run
 from tests.unit.test_server_cli_release import server as consilium_server

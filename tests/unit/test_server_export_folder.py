@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import CheckpointError, ConfigError
-from server.export_folder import MARKER, check_place, files_below, placing, write_marker
+from server.export.folder import MARKER, check_place, files_below, placing, write_marker
 
 
 def _place(

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import server.export_model as export_model
+import server.export.model as export_model
 from common.adapter import AdapterState
 from common.errors import ModelError, SignatureError
 from server.aggregation import METHODS
-from server.export_folder import MARKER
-from server.export_model import STEPS, TOLERANCES, ExportReport, ExportRequest, write_export
+from server.export.folder import MARKER
+from server.export.model import STEPS, TOLERANCES, ExportReport, ExportRequest, write_export
 from server.finished_run import find_base, load_finished_run
 from simulations.embedded import embedded_model_dir
 from tests.conftest import save_tiny_model

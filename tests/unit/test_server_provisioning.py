@@ -17,7 +17,7 @@ from server.certificates import certified_hosts, expires_at
 from server.cli import app
 from server.coordinator import Coordinator, load_coordinator
 from server.provisioning import init_coordinator, renew_certificate
-from server.release_key import load_release_key, public_pem
+from server.release.key import load_release_key, public_pem
 
 
 @pytest.fixture

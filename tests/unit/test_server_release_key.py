@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from common.errors import ConfigError
 from common.signing import SigningKey
-from server.release_key import load_release_key, make_release_key, public_pem
+from server.release.key import load_release_key, make_release_key, public_pem
 
 
 def _save(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, path: Path) -> None:

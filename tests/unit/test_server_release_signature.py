@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from common.errors import ConfigError, ReleaseError
 from server.cli import app
-from server.release_key import ReleaseKey, make_release_key
-from server.release_signature import SIGNATURE, Difference, sign_folder, verify_folder
+from server.release.key import ReleaseKey, make_release_key
+from server.release.signature import SIGNATURE, Difference, sign_folder, verify_folder
 
 FILES = {
     "README.md": b"# A model\n",

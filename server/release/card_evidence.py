@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from server.card_facts import group_names
 from server.finished_run import FinishedRun
+from server.release.card_facts import group_names
 
 _SHOWN = {
     "loss": "loss",

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.base_license import BaseLicense
-from server.evidence import Evidence
 from server.finished_run import FinishedRun
+from server.release.base_license import BaseLicense
+from server.release.evidence import Evidence
 
 
 @dataclass(frozen=True, slots=True)

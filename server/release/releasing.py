@@ -12,23 +12,23 @@ from typing import Any
 from common.config import COORDINATOR_ONLY
 from common.errors import CheckpointError, ReleaseError
 from common.files import write_atomically
-from server.base_license import copy_license_files, find_license
-from server.card_facts import CardFacts, site_names
-from server.evidence import ATTACK_FILE, EVALUATION_FILE, Evidence, load_evidence
-from server.export_folder import MARKER, write_marker
-from server.export_model import STEPS as EXPORT_STEPS
-from server.export_model import ExportReport, ExportRequest, write_export
+from server.export.folder import MARKER, write_marker
+from server.export.model import STEPS as EXPORT_STEPS
+from server.export.model import ExportReport, ExportRequest, write_export
 from server.finished_run import FinishedRun
-from server.model_card import CARD_FILE, make_card
-from server.release_key import load_release_key
-from server.release_signature import (
+from server.release.base_license import copy_license_files, find_license
+from server.release.card_facts import CardFacts, site_names
+from server.release.evidence import ATTACK_FILE, EVALUATION_FILE, Evidence, load_evidence
+from server.release.key import load_release_key
+from server.release.model_card import CARD_FILE, make_card
+from server.release.sbom import SBOM_FILE, ModelParts, make_sbom
+from server.release.signature import (
     SIGNATURE,
     require_model_signing,
     sign_folder,
     verify_folder,
 )
 from server.run_folder import run_toml
-from server.sbom import SBOM_FILE, ModelParts, make_sbom
 
 STEPS = EXPORT_STEPS + 2
 SETTINGS_FILE = "run.toml"

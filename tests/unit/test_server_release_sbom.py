@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from server.sbom import ModelParts, license_of, make_sbom, needed_distributions
+from server.release.sbom import ModelParts, license_of, make_sbom, needed_distributions
 
 PARTS = ModelParts(
     name="model-x",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.base_license import BaseLicense, copy_license_files, find_license
+from server.release.base_license import BaseLicense, copy_license_files, find_license
 
 APACHE = (Path(__file__).parents[2] / "LICENSE").read_text()
 CARD = "---\nlicense: llama3.2\nlanguage: en\n---\n\n# A model\n"

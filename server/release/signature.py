@@ -23,8 +23,8 @@ from typing import Any, Literal
 from cryptography.exceptions import InvalidSignature
 
 from common.errors import ConfigError, ReleaseError
-from server.export_folder import file_sha256, files_below
-from server.release_key import load_release_key, public_pem
+from server.export.folder import file_sha256, files_below
+from server.release.key import load_release_key, public_pem
 
 SIGNATURE = "model.sig"
 

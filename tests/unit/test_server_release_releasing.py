@@ -19,8 +19,8 @@ from common.signing import SigningKey
 from server.cli import app
 from server.finished_run import load_finished_run
 from server.history import History
-from server.release_key import ReleaseKey, make_release_key
-from server.release_signature import verify_folder
+from server.release.key import ReleaseKey, make_release_key
+from server.release.signature import verify_folder
 from tests.conftest import save_tiny_model
 from tests.unit.finished import UID, finished_config, write_finished_run
 from tests.unit.scenarios import run as run_scenario
@@ -232,7 +232,9 @@ def test_what_is_amiss_is_said_before_any_work_and_nothing_is_left(
             "odd attack": json.dumps({"kind": "twin", "run": UID, "audits": [{}], "ledger": {}}),
         }[amiss]
         (run_dir / name).write_text(content)
-    monkeypatch.setattr("server.release.write_export", lambda *a, **k: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "server.release.releasing.write_export", lambda *a, **k: pytest.fail("worked")
+    )
     with pytest.raises((ConfigError, CheckpointError), match=match):
         server("release", run_dir, "--key", private)
     assert not (run_dir / "release").exists()
@@ -242,7 +244,9 @@ def test_without_the_signing_package_it_is_said_before_any_work(
     run_dir: Path, key: ReleaseKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "model_signing", None)
-    monkeypatch.setattr("server.release.write_export", lambda *a, **k: pytest.fail("worked"))
+    monkeypatch.setattr(
+        "server.release.releasing.write_export", lambda *a, **k: pytest.fail("worked")
+    )
     with pytest.raises(ConfigError, match=r"pip install 'consilium\[release\]'"):
         server("release", run_dir, "--key", key.private)
 
@@ -250,7 +254,7 @@ def test_without_the_signing_package_it_is_said_before_any_work(
 def test_a_folder_that_changes_while_it_is_signed_is_no_release(
     run_dir: Path, key: ReleaseKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server import release
+    from server.release import releasing as release
 
     original = release.sign_folder
 

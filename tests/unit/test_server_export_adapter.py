@@ -18,7 +18,7 @@ from common.lora import attached, carrying, initial_adapter, write_adapter
 from common.model import BaseModel, load_base
 from common.prompts import Example, Examples
 from server.evaluation import evaluate_model
-from server.export import export_adapter
+from server.export.adapter import export_adapter
 from tests.unit.adapters import random_adapter
 
 # Nine letters each; the answer is the last four.

@@ -9,7 +9,7 @@ import math
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from server.card_evidence import (
+from server.release.card_evidence import (
     attack_lines,
     evaluation_lines,
     group_lines,
@@ -17,8 +17,8 @@ from server.card_evidence import (
     metrics_of,
     privacy_lines,
 )
-from server.card_facts import CardFacts
-from server.card_text import (
+from server.release.card_facts import CardFacts
+from server.release.card_text import (
     digest_lines,
     export_lines,
     introduction,

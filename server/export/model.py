@@ -23,10 +23,10 @@ from common.lora import carrying
 from common.model import BaseModel, choose_device, load_base, release_base
 from common.prompts import Examples, resolve_template, tokenize_all
 from server.evaluation import evaluate, evaluate_model, load_central_examples
-from server.export import export_adapter
-from server.export_folder import write_marker
+from server.export.adapter import export_adapter
+from server.export.folder import write_marker
+from server.export.probe_texts import PROBES
 from server.finished_run import FinishedRun
-from server.probe_texts import PROBES
 
 ExportFormat = Literal["adapter", "merged"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]

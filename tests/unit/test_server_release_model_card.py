@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from server.base_license import BaseLicense
-from server.card_facts import CardFacts, site_names
-from server.evidence import Evidence
 from server.finished_run import load_finished_run
-from server.model_card import make_card
+from server.release.base_license import BaseLicense
+from server.release.card_facts import CardFacts, site_names
+from server.release.evidence import Evidence
+from server.release.model_card import make_card
 from tests.unit.finished import PROTECTED, finished_config, write_finished_run
 
 CENTRAL = {

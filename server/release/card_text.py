@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.prompts import resolve_template
-from server.base_license import UNKNOWN
-from server.card_evidence import group_lines, is_protected, table
-from server.card_facts import CardFacts
-from server.release_signature import SIGNATURE
-from server.sbom import SBOM_FILE
+from server.release.base_license import UNKNOWN
+from server.release.card_evidence import group_lines, is_protected, table
+from server.release.card_facts import CardFacts
+from server.release.sbom import SBOM_FILE
+from server.release.signature import SIGNATURE
 
 
 def introduction(facts: CardFacts) -> list[str]:

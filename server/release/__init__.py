@@ -1,0 +1,1 @@
+"""What is handed on: the export, its card (model_card.py), list of parts (sbom.py) and signature.py."""
