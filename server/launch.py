@@ -40,6 +40,13 @@ class Launch:
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     resume: bool = False
 
+    def is_saved(self, folder: Path, run_uid: str) -> bool:
+        """Whether this very launch of a run is in a folder already."""
+        try:
+            return read_launch(folder / f"{run_uid}.json") == self
+        except ConfigError:
+            return False
+
     def save(self, folder: Path, run_uid: str) -> Path:
         """Write the launch of a run, mode 0600, and return its path."""
         path = folder / f"{run_uid}.json"

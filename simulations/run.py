@@ -80,7 +80,7 @@ def run_simulation(
     roster = write_sites(plans, home / "sites")
     shared, private = split_settings(config)
     # Flower's engine starts from it, and an export later finds base model and test records by it.
-    Launch(
+    launch = Launch(
         run_dir=str(out),
         key=str(key_path),
         roster=str(home / "coordinator" / "roster.json"),
@@ -88,7 +88,9 @@ def run_simulation(
         central_files=tuple(map(str, checked.central_files)),
         settings=private,
         resume=True,
-    ).save(home / "coordinator", folder.run_uid)
+    )
+    if not launch.is_saved(home / "coordinator", folder.run_uid):
+        launch.save(home / "coordinator", folder.run_uid)
     if simulation.engine == "inline":
         plan = RunPlan(
             config=config,

@@ -117,3 +117,14 @@ def test_bad_settings_in_a_launch_are_named(
     _launch(settings={"evaluation.evry": 2}).save(tmp_path, "run-7")
     with pytest.raises(ConfigError, match=r"evaluation.evry: no such key"):
         load_launch({"run.uid": "run-7"})
+
+
+def test_a_launch_knows_whether_it_is_saved_already(tmp_path: Path) -> None:
+    """A resumed run on a full disk must not need to write it again."""
+    launch = _launch()
+    assert not launch.is_saved(tmp_path, "run-7")
+    launch.save(tmp_path, "run-7")
+    assert launch.is_saved(tmp_path, "run-7")
+    assert not _launch(run_dir="/runs/8").is_saved(tmp_path, "run-7")
+    (tmp_path / "run-7.json").write_text("{")
+    assert not launch.is_saved(tmp_path, "run-7")
