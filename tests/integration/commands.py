@@ -235,7 +235,7 @@ class Commands:
         return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
     def wait_until(
-        self, condition: Callable[[], object], what: str, *, timeout_s: float = 60
+        self, condition: Callable[[], object], what: str, *, timeout_s: float = 180
     ) -> None:
         """Return once a condition holds; fail, with the end of every log, when it does not in time."""
         deadline = time.monotonic() + timeout_s
