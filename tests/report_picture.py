@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from server.report.page import write_report
 from tests.browser import chromium, seen
 
@@ -20,6 +22,8 @@ def take(run_dir: Path, out: Path) -> None:
         assert cost is not None
         clip = {"x": 0.0, "y": 0.0, "width": float(WIDTH), "height": cost["y"] - 24}
         found.page.screenshot(path=out, clip=clip, full_page=True)
+    # A page has few colours: a palette takes a third of the bytes.
+    Image.open(out).convert("P", palette=Image.Palette.ADAPTIVE, colors=96).save(out, optimize=True)
 
 
 if __name__ == "__main__":
