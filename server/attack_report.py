@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.files import write_atomically
+from server.audit_verdict import exceeds_ledger, is_blind
 
 ATTACK_FILE = "attack.json"
-# A bound that honest training reaches in rehearsals, and misses hardly ever.
-_SOMETHING = 0.2
 
 
 def write_attack(folder: Path, content: Mapping[str, Any]) -> Path:
@@ -52,14 +51,14 @@ def attack_sentences(content: Mapping[str, Any]) -> list[str]:
         f"{audit['name']}: the training gave away more than its ledger counts (epsilon above "
         f"{audit['epsilon_lower']:.2f} where it counts {audit['ledger_epsilon_at_delta']:.2f})"
         for audit in content["audits"]
-        if exceeds_ledger(audit)
+        if _exceeds(audit)
     ]
     sentences += [
         f"{audit['name']}: nothing was seen, and training as it is claimed shows about "
         f"{audit['epsilon_rehearsed']:.2f}: the canaries may not have reached it, so find out before you "
         "trust this audit"
         for audit in content["audits"]
-        if is_blind(audit)
+        if _saw_nothing(audit)
     ]
     sentences.append(
         f"This is {content['scope']}. A lower bound near 0 shows that these attacks failed, not that "
@@ -68,15 +67,12 @@ def attack_sentences(content: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def exceeds_ledger(audit: Mapping[str, Any]) -> bool:
-    """Whether an audit of attack.json shows more than the ledger counts."""
-    claimed = audit["ledger_epsilon_at_delta"]
-    return claimed is not None and bool(audit["epsilon_lower"] > claimed)
+def _exceeds(audit: Mapping[str, Any]) -> bool:
+    return exceeds_ledger(audit["epsilon_lower"], audit["ledger_epsilon_at_delta"])
 
 
-def is_blind(audit: Mapping[str, Any]) -> bool:
-    """Whether an audit of attack.json shows nothing where an honest training would show something."""
-    return float(audit.get("epsilon_rehearsed") or 0.0) > _SOMETHING and not audit["epsilon_lower"]
+def _saw_nothing(audit: Mapping[str, Any]) -> bool:
+    return is_blind(audit["epsilon_lower"], audit.get("epsilon_rehearsed"))
 
 
 def _ledger_sentence(content: Mapping[str, Any]) -> str:
@@ -108,7 +104,7 @@ def _audit_table(audits: Sequence[Mapping[str, Any]]) -> Table:
             f"{audit['epsilon_lower']:.2f} ({audit['confidence']:.0%})",
             "-" if (shown := audit.get("epsilon_rehearsed")) is None else f"{shown:.2f}",
             "none" if claimed is None else f"{claimed:.2f}",
-            style="bold red" if exceeds_ledger(audit) or is_blind(audit) else None,
+            style="bold red" if _exceeds(audit) or _saw_nothing(audit) else None,
         )
     return table
 

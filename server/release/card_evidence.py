@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from server.audit_verdict import exceeds_ledger, is_blind
 from server.finished_run import FinishedRun
 from server.release.card_facts import group_names
 
@@ -90,6 +91,24 @@ def privacy_lines(run: FinishedRun, names: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _verdict(audit: Mapping[str, Any]) -> list[str]:
+    """What nobody may have to read out of a table's numbers."""
+    low, name = audit["epsilon_lower"], audit["name"]
+    if exceeds_ledger(low, audit.get("ledger_epsilon_at_delta")):
+        said = (
+            f"**{name}: the training gave away more than the ledger counts; do not rely on its "
+            "epsilon.**"
+        )
+    elif is_blind(low, audit.get("epsilon_rehearsed")):
+        said = (
+            f"**{name}: nothing was seen, not even what training as claimed shows; it is no sign of "
+            "protection.**"
+        )
+    else:
+        return []
+    return ["", said]
+
+
 def attack_lines(attack: Mapping[str, Any] | None, names: Mapping[str, str]) -> list[str]:
     """Return what was tried against the model's making, or that nothing was."""
     if attack is None:
@@ -120,6 +139,7 @@ def attack_lines(attack: Mapping[str, Any] | None, names: Mapping[str, str]) -> 
                 for one in audits
             ),
         )]  # fmt: skip
+        lines += [sentence for one in audits for sentence in _verdict(one)]
     if membership:
         lines += ["", *table(
             ("membership inference", "members, others", "AUC", "true positives at 1 % false ones"),

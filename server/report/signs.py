@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
+from server.audit_verdict import exceeds_ledger, is_blind
 from server.report.record import RunRecord
 
 # So many evaluations in a row must rise while training still falls.
@@ -59,10 +60,6 @@ def warning_signs(run: RunRecord) -> tuple[Sign, ...]:
     return tuple(sorted(found, key=lambda sign: not sign.serious))
 
 
-# A bound that honest training reaches in an audit's rehearsals, and misses hardly ever.
-_SOMETHING = 0.2
-
-
 def _ended_badly(run: RunRecord) -> Iterator[Sign]:
     if run.state.kind in ("stopped", "gave-up"):
         yield Sign(
@@ -76,7 +73,7 @@ def _ended_badly(run: RunRecord) -> Iterator[Sign]:
 def _protection_broken(run: RunRecord) -> Iterator[Sign]:
     for audit in run.attack.audits if run.attack else ():
         low, stated = audit.epsilon_lower, audit.ledger_epsilon_at_delta
-        if low is not None and stated is not None and low > stated:
+        if exceeds_ledger(low, stated):
             yield Sign(
                 "An audit contradicts the ledger",
                 f"{audit.name}: epsilon is at least {low:.2f} at {audit.confidence:.0%} confidence, and the "
@@ -87,8 +84,8 @@ def _protection_broken(run: RunRecord) -> Iterator[Sign]:
 
 def _audit_is_blind(run: RunRecord) -> Iterator[Sign]:
     for audit in run.attack.audits if run.attack else ():
-        shown = audit.epsilon_rehearsed or 0.0
-        if shown > _SOMETHING and audit.epsilon_lower == 0:
+        shown = audit.epsilon_rehearsed
+        if is_blind(audit.epsilon_lower, shown):
             yield Sign(
                 "An audit saw nothing at all",
                 f"{audit.name}: training as it is claimed shows about {shown:.2f}, so the canaries may "

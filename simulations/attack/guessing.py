@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.seeding import derive_seed
+from server.audit_verdict import exceeds_ledger
 from simulations.attack.bound import lower_bound
 
 Scores: TypeAlias = npt.NDArray[np.float64]
@@ -65,8 +66,7 @@ class Audit:
     @property
     def exceeds_ledger(self) -> bool:
         """Whether the training gave away more than its ledger says."""
-        claimed = self.ledger_epsilon_at_delta
-        return claimed is not None and self.epsilon_lower > claimed
+        return exceeds_ledger(self.epsilon_lower, self.ledger_epsilon_at_delta)
 
 
 def count_correct(scores: Scores, coins: Coins, rule: GuessRule) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from server.attack_report import attack_sentences, exceeds_ledger, say_attack, write_attack
+from server.attack_report import attack_sentences, say_attack, write_attack
 
 
 def _content(*, epsilon: float | None = 8.0, lower: float = 1.25) -> dict[str, Any]:
@@ -76,9 +76,8 @@ def test_limits_are_said_last() -> None:
 
 
 def test_more_than_the_ledger_counts_is_said() -> None:
-    assert not exceeds_ledger(_content()["audits"][0])
+    assert not any("gave away more" in text for text in attack_sentences(_content()))
     over = _content(lower=8.5)
-    assert exceeds_ledger(over["audits"][0])
     assert any(
         "gave away more than its ledger counts (epsilon above 8.50 where it counts 8.00)" in text
         for text in attack_sentences(over)
@@ -87,7 +86,6 @@ def test_more_than_the_ledger_counts_is_said() -> None:
 
 def test_without_protection_there_is_no_ledger_to_exceed() -> None:
     plain = _content(epsilon=None, lower=5.6)
-    assert not exceeds_ledger(plain["audits"][0])
     assert "trained without differential privacy, 30 steps" in attack_sentences(plain)[0]
     plain["planted"] = None
     assert len(attack_sentences(plain)) == 2

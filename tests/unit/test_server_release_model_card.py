@@ -280,6 +280,28 @@ def test_attacks_are_reported_with_what_they_are_of(facts: CardFacts) -> None:
     assert "Of 50 planted identifiers it reproduced 0 on 200 prompts, its base 0." in card
 
 
+@pytest.mark.parametrize(
+    ("lower", "rehearsed", "said"),
+    [
+        (9.0, 3.0, "gave away more than the ledger counts"),
+        (0.0, 3.0, "it is no sign of protection"),
+        (0.0, None, ""),
+    ],
+)
+def test_an_audit_that_went_badly_is_said_in_bold(
+    facts: CardFacts, lower: float, rehearsed: float | None, said: str
+) -> None:
+    audit = {
+        **ATTACK["audits"][0],
+        "ledger_epsilon_at_delta": 8.0,
+        "epsilon_lower": lower,
+        "epsilon_rehearsed": rehearsed,
+    }
+    card = make_card(replace(facts, evidence=Evidence(None, {**ATTACK, "audits": [audit]})))
+    bold = [line for line in card.splitlines() if line.startswith(f"**{audit['name']}: ")]
+    assert [said in line for line in bold] == ([True] if said else [])
+
+
 def test_an_attack_on_a_run_without_protection_has_no_epsilon(facts: CardFacts) -> None:
     attack = {**ATTACK, "ledger": {**ATTACK["ledger"], "epsilon": None}, "planted": None}
     attack["audits"] = [{**ATTACK["audits"][0], "ledger_epsilon_at_delta": None}]
