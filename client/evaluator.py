@@ -20,6 +20,7 @@ from client.examples import ExampleStore
 from client.gate import Gate
 from client.ledger import Ledger
 from client.site_config import SiteConfig
+from client.time_limit import within_hours
 from client.training import Workbench, open_adapter
 from client.turn import Caller, Turn
 from common.adapter import AdapterState
@@ -137,12 +138,13 @@ class Evaluator:
                 f"records{of}"
             )
         steps = itertools.count(1)
+        tell = within_hours(config.policy.max_hours, then=on_step)
         count_in = partial(
             record_sums,
             base=base,
             examples=examples,
             batch_size=min(run.train.micro_batch_size, _MAX_BATCH_SIZE),
-            on_batch=lambda done: on_step(next(steps)),
+            on_batch=lambda done: tell(next(steps)),
         )
         before = count_in(base.model)
         with carrying(base, run.lora, adapter) as model:

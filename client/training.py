@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,10 +16,11 @@ from client.egress import CheckedAdapter, check_adapter, check_numbers
 from client.examples import ExampleStore, LocalExamples
 from client.noise import Entropy
 from client.site_config import SiteConfig
+from client.time_limit import within_hours
 from client.trainer import DpSettings, train
 from common.adapter import AdapterShape, AdapterState, Float32, from_safetensors
 from common.config import RunConfig
-from common.errors import ShapeError, SignatureError, TrainingError
+from common.errors import ShapeError, SignatureError
 from common.files import Buffer
 from common.frozen_part import split_adapter, untrained_tensors
 from common.lora import attached, read_adapter, shape_of, write_adapter
@@ -114,7 +114,7 @@ class Workbench:
                 dp=dp,
                 patients=local.patients,
                 entropy=self._entropy,
-                on_step=_until(policy.max_hours, then=on_step),
+                on_step=within_hours(policy.max_hours, then=on_step),
             )
             outgoing = read_adapter(model, run.lora, rank=rank).to_safetensors()
         num_parameters = sum(parameter.numel() for parameter in base.model.parameters())
@@ -154,22 +154,6 @@ class Workbench:
             FEW_PATIENTS,
             ratio,
         )
-
-
-def _until(max_hours: float, *, then: Callable[[int], None]) -> Callable[[int], None]:
-    """Return a step callback that stops training once policy.max-hours have passed."""
-    started = time.monotonic()
-
-    def on_step(step: int) -> None:
-        hours = (time.monotonic() - started) / 3600
-        if hours > max_hours:
-            raise TrainingError(
-                f"policy.max-hours = {max_hours}: stopped after {hours:.2f} hours and {step} steps; "
-                "nothing leaves, and the charge stands"
-            )
-        then(step)
-
-    return on_step
 
 
 def untrained_part(incoming: AdapterState, run: RunConfig) -> dict[str, Float32]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from client.turn import Caller
 from common.audit_log import read_audit_log
+from common.config import read_toml
 from common.errors import CancelledError, ConfigError
 from common.lora import carrying
 from common.metrics import TokenSums
@@ -131,6 +133,18 @@ def test_the_same_evaluation_may_be_asked_again_and_no_other(
     refused = _answer(other, other.task(3, kind="evaluate"))
     assert (refused.error_code, dict(refused.numbers)) == ("policy", {})
     assert _answer(hospital, hospital.task(2, kind="evaluate")).error_code == "policy"
+
+
+def test_counting_stops_at_the_hours_that_the_policy_allows(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = _trained(_hospital(tmp_path, tiny_model_dir))
+    site_file = hospital.folder / "site.toml"
+    settings = read_toml(site_file)
+    settings["policy"]["max-hours"] = 1e-9
+    site_file.write_text(tomli_w.dumps(settings))
+    reply = _answer(hospital, hospital.task(3, kind="evaluate"))
+    assert (reply.error_code, dict(reply.numbers)) == ("training", {})
 
 
 def test_asked_again_after_the_records_changed_the_answer_is_the_first_one(
