@@ -5,6 +5,7 @@ export.json in it is the mark of our own work: with --force nothing else is ever
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -17,9 +18,13 @@ from typing import Any
 
 from common.errors import CheckpointError, ConfigError
 from common.files import fsync_folder, write_atomically
+from common.locks import hold_lock, lock_holder
 
 MARKER = "export.json"
 _FORM = "consilium-export/1"
+# In the hidden folder where an export is made.
+_LOCK = "lock"
+_REPLACED = "replaced"
 
 
 @contextmanager
@@ -31,27 +36,49 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     """
     check_place(target, within=within, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    # Of the same name: a signature names the folder that it was made in.
-    made = temporary / target.name
-    made.mkdir()
-    try:
-        yield made
-        # Something may have come there meanwhile: the work took a while.
+    if _tidy(target):
         check_place(target, within=within, force=force)
-        _flush(made)
-        replaced = temporary / "replaced"
-        if target.exists():
-            os.rename(target, replaced)
-        try:
-            os.rename(made, target)
-        except BaseException:
-            if replaced.exists():
-                os.rename(replaced, target)
-            raise
-        fsync_folder(target.parent)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        with hold_lock(temporary / _LOCK):
+            # Of the same name: a signature names the folder that it was made in.
+            made = temporary / target.name
+            made.mkdir()
+            yield made
+            # Something may have come there meanwhile: the work took a while.
+            check_place(target, within=within, force=force)
+            _flush(made)
+            replaced = temporary / _REPLACED
+            if target.exists():
+                os.rename(target, replaced)
+            try:
+                os.rename(made, target)
+            except BaseException:
+                if replaced.exists():
+                    os.rename(replaced, target)
+                raise
+            fsync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tidy(target: Path) -> bool:
+    """Remove what exports to this place left behind when they were killed; say whether there was any.
+
+    What one of them was about to replace comes back. Their lock tells them from one that goes.
+    """
+    found = False
+    for left in target.parent.glob(f".{glob.escape(target.name)}-*"):
+        lock = left / _LOCK
+        if left.is_symlink() or not lock.is_file() or lock_holder(lock) is not None:
+            continue
+        found = True
+        replaced = left / _REPLACED
+        if replaced.is_dir() and not target.exists():
+            # It was killed in the moment between the two renames.
+            os.rename(replaced, target)
+        shutil.rmtree(left, ignore_errors=True)
+    return found
 
 
 def check_place(target: Path, *, within: Path | None, force: bool) -> None:

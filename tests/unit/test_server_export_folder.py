@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,58 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         _place(tmp_path / "out", name="missing/half")
     assert list(tmp_path.iterdir()) == []
+
+
+# Dies by SIGKILL while it writes, or after so many renames.
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from server.export.folder import placing, write_marker
+target, renames = Path(sys.argv[1]), int(sys.argv[2])
+rename, done = os.rename, 0
+def counted(*places):
+    global done
+    rename(*places)
+    done += 1
+    if done == renames:
+        os.kill(os.getpid(), signal.SIGKILL)
+with placing(target, within=None, force=True) as folder:
+    (folder / "new").write_text("model")
+    write_marker(folder, {"run": "r"}, later=frozenset())
+    os.rename = counted
+    if renames == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("renames", "left", "then"),
+    [(0, {"a"}, {"a"}), (1, set(), {"a"}), (2, {"new"}, {"new"})],
+    ids=["while-it-writes", "between-the-renames", "at-the-end"],
+)
+def test_what_a_kill_left_is_gone_with_the_next_export_and_what_it_took_is_back(
+    tmp_path: Path, renames: int, left: set[str], then: set[str]
+) -> None:
+    out = tmp_path / "out"
+    _place(out)
+    died = subprocess.run([sys.executable, "-c", _KILLED, str(out), str(renames)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert any(path.name.startswith(".out-") for path in tmp_path.iterdir())
+    assert {path.name for path in out.glob("*")} - {MARKER} == left
+    with pytest.raises(CheckpointError, match="holds an export already"):
+        _place(out)
+    # Only whoever is let in tidies up, or whoever finds that something was taken.
+    assert {path.name for path in out.iterdir()} == {*then, MARKER}
+    _place(out, force=True)
+    assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
+
+
+def test_an_export_that_goes_is_not_tidied_away(tmp_path: Path) -> None:
+    with placing(tmp_path / "out", within=None, force=True) as folder:
+        _place(tmp_path / "out")
+        (folder / "b").write_text("model")
+        write_marker(folder, {"run": "r"}, later=frozenset())
+    assert files_below(tmp_path) == {"out/b", f"out/{MARKER}"}
 
 
 def test_what_fails_leaves_the_earlier_export(tmp_path: Path) -> None:
