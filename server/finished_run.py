@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from common.errors import CheckpointError, ConfigError, ConsiliumError, ModelErr
 from common.locks import lock_holder
 from common.model_folder import check_digest, check_model_folder
 from server.checkpoint import load_round
-from server.history import read_events
+from server.history import Event, read_events
 from server.launch import Launch, read_launch
 from server.run_folder import RunFolder, run_lock
 from server.run_state import run_state
@@ -91,6 +91,7 @@ def load_finished_run(path: Path) -> FinishedRun:
     if not begun:
         raise CheckpointError(f"{folder.history} does not say what the run began with; restore it")
     adapter = read_exported_adapter(folder.adapter)
+    _check_as_finished(adapter, folder, events)
     return FinishedRun(
         folder=folder,
         config=config,
@@ -153,6 +154,21 @@ def _read_summary(path: Path) -> dict[str, Any]:
             f"{path} is missing or damaged, and says what the run came to; restore it, or run again"
         ) from None
     return summary
+
+
+def _check_as_finished(adapter: AdapterState, folder: RunFolder, events: Sequence[Event]) -> None:
+    """Raise CheckpointError when a run's product is not the one that its history ends with.
+
+    A history of an earlier version does not say which that was.
+    """
+    finished = [event for event in events if event["event"] == "finished"]
+    digest = str(finished[-1].get("adapter", "")) if finished else ""
+    if digest and digest != adapter.digest():
+        raise CheckpointError(
+            f"{folder.adapter} is not what this run finished with: {folder.history} has digest "
+            f"{digest[:16]}..., and this is {adapter.digest()[:16]}...; it was changed since: restore it, or "
+            "run again"
+        )
 
 
 def _check_adapter(

@@ -230,7 +230,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
     )
     summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)
     folder.write_summary(summary)
-    history.record("finished", folder=str(folder.path))
+    history.record("finished", folder=str(folder.path), adapter=exported.unscaled().digest())
     plan.audit.note("finished", run=folder.run_uid, adapter=exported.digest())
     return summary
 

@@ -83,7 +83,7 @@ def write_finished_run(
     history.record("round", **summary["rounds"][0], privacy=summary["privacy"])
     export_adapter(adapter, folder.adapter, lora=config.lora, base_name=config.model.name)
     folder.write_summary(summary)
-    history.record("finished", folder=str(path))
+    history.record("finished", folder=str(path), adapter=adapter.unscaled().digest())
     home = path / "simulation" / "coordinator"
     home.mkdir(parents=True)
     Launch(

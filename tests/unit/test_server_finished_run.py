@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.errors import CheckpointError, ConfigError, ModelError, SignatureError
 from server.finished_run import find_base, load_finished_run
-from server.history import History
+from server.history import History, read_events
 from server.run_folder import RunFolder
 from tests.conftest import save_tiny_model
 from tests.unit.finished import UID, finished_config, trained_adapter, write_finished_run
@@ -61,11 +61,29 @@ def test_a_run_without_its_summary_is_refused(finished: RunFolder) -> None:
         load_finished_run(finished.path)
 
 
-def test_an_adapter_that_was_changed_since_is_refused(finished: RunFolder) -> None:
-    path = finished.adapter / "adapter_model.safetensors"
+def _change(folder: RunFolder) -> None:
+    path = folder.adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors[min(tensors)] = tensors[min(tensors)] + np.float32(1e-3)
     save_file(tensors, path)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["checkpoint-kept", "checkpoint-gone"])
+def test_an_adapter_that_was_changed_since_is_refused(finished: RunFolder, kept: bool) -> None:
+    if not kept:
+        (finished.checkpoints / "round-0001").rename(finished.path / "elsewhere")
+    _change(finished)
+    with pytest.raises(CheckpointError, match=r"not what this run finished with.*changed since"):
+        load_finished_run(finished.path)
+
+
+def test_a_history_that_does_not_say_what_it_finished_with_leaves_it_to_the_checkpoint(
+    finished: RunFolder,
+) -> None:
+    lines = [{k: v for k, v in e.items() if k != "adapter"} for e in read_events(finished.history)]
+    finished.history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    load_finished_run(finished.path)
+    _change(finished)
     with pytest.raises(CheckpointError, match="is not the adapter of round 1.*changed since"):
         load_finished_run(finished.path)
 
