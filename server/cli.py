@@ -144,7 +144,10 @@ def run(
     if coordinator.up_pid() is None:
         _say(f"It begins when `consilium server up {folder}` runs; now it does not.")
     if detach:
-        console.print(f"Watch it: consilium server status {folder}", soft_wrap=True)
+        console.print(
+            f"Watch it: consilium server status {folder}; its report: consilium server report {opened.path}",
+            soft_wrap=True,
+        )
         return
     _follow(coordinator, opened, title=name, folder=folder)
 
@@ -163,6 +166,9 @@ def _follow(coordinator: Coordinator, run: RunFolder, *, title: str, folder: Pat
         raise typer.Exit(INTERRUPTED) from None
     if state.kind != "finished":
         _say(f"{state.kind} ({state.code}): {state.message}")
+        drawn = try_report(run.path)
+        if drawn is not None:
+            console.print(f"Wrote {drawn}: how far it came", soft_wrap=True)
         raise typer.Exit(exit_code_of(state.code))
     for sentence in summary_sentences(json.loads(run.summary.read_text())):
         console.print(sentence)

@@ -18,6 +18,7 @@ from server.cli_report import try_report
 from server.history import Listener
 from server.progress import RunProgress
 from server.report.watching import watched
+from server.run_folder import RunFolder
 from server.summary_text import summary_sentences
 from simulations.arms import Arm, Comparison
 from simulations.cli_attack import attack
@@ -144,7 +145,7 @@ def run(
         resume=resume,
         force=force,
     )
-    with _saved_on_interrupt(out), _watched(out, watch=watch):
+    with _saying_what_is_saved(out), _watched(out, watch=watch):
         with _progress(name, len(sources)) as listener:
             summary = run_simulation(simulation, listener=listener)
         wrote = ["adapter/", "summary.json", "history.jsonl", "checkpoints/"]
@@ -301,11 +302,15 @@ def _watched(out: Path, *, watch: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _saved_on_interrupt(out: Path) -> Iterator[None]:
+def _saying_what_is_saved(out: Path) -> Iterator[None]:
     try:
         yield
-    except (KeyboardInterrupt, QuorumError, EngineError):
+    except (KeyboardInterrupt, QuorumError, EngineError) as error:
         rounds = sorted(path.name for path in out.glob("checkpoints/round-*"))
         if rounds:
             console.print(f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume")
+        if RunFolder(out, "").history.is_file() and not isinstance(error, KeyboardInterrupt):
+            drawn = try_report(out)
+            if drawn is not None:
+                console.print(f"Wrote {drawn}: how far it came", soft_wrap=True)
         raise

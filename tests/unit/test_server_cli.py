@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -20,9 +21,12 @@ from common.receipts import open_receipt
 from common.records import PrivacyRow, Task, reply_to
 from common.signing import SigningKey
 from server.audit import AUDIT_FILE, KEY_FILE, CoordinatorAudit
-from server.cli import app
+from server.cli import _follow, app
 from server.exclusions import Exclusions
 from server.history import History
+from server.launch import Launch
+from server.provisioning import init_coordinator
+from server.run_folder import open_run_folder
 from tests.unit.fake_federation import HEADS
 
 KEY = SigningKey.generate()
@@ -248,3 +252,28 @@ def test_excluding_from_a_folder_without_a_run_is_an_error_in_words(tmp_path: Pa
     assert isinstance(result.exception, ConfigError)
     assert "holds no run; give the folder that --out named" in str(result.exception)
     assert not (tmp_path / "excluded.json").exists()
+
+
+# Following a run
+
+
+def test_a_run_that_failed_leaves_its_report_and_the_exit_code_of_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coordinator = init_coordinator(tmp_path / "coordinator", address="127.0.0.1:9")
+    run = open_run_folder(tmp_path / "run", RunConfig())
+    history = History(run.history)
+    history.record("run-started", run=run.run_uid, rounds=2, base="ab" * 32)
+    history.record("stopped", code="quorum", message="1 of 2 answered")
+    coordinator.launches.mkdir()
+    launch = Launch(run_dir=str(run.path), key="", roster="")
+    launch.save(coordinator.launches, run.run_uid)
+
+    with pytest.raises(typer.Exit) as ended:
+        _follow(coordinator, run, title="pilot", folder=coordinator.folder)
+
+    assert ended.value.exit_code == 3
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "stopped (quorum): 1 of 2 answered" in said
+    assert f"Wrote {run.path}/report.html: how far it came" in said
+    assert "1 of 2 answered" in (run.path / "report.html").read_text()

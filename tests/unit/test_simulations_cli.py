@@ -218,6 +218,9 @@ def test_too_few_usable_replies_is_exit_code_3_and_says_how_to_go_on(
     assert "Traceback" not in ended.err
     assert f"{strict}: site-policy" in _said(ended.err)
     assert f"{strict} takes no part (site-policy)" in ended.out
+    report = tmp_path / "out" / "report.html"
+    assert _last_line(ended.out) == f"Wrote {report}: how far it came"
+    assert "site-policy" in report.read_text()
 
 
 def test_run_in_the_way_is_exit_code_4_force_and_resume_go_on(
