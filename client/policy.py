@@ -32,7 +32,7 @@ def check_task(task: Task, *, site: SiteConfig) -> RunConfig:
     resolve_template(run.data.prompt_template)
     refusals = [
         *_round(task, run),
-        *_evaluation(task, site),
+        *(evaluation_refusals(run, site) if task.kind == "evaluate" else ()),
         *_model(task, run, site),
         *_adapter(task, run, site),
         *_work(run, site),
@@ -64,11 +64,19 @@ def _round(task: Task, run: RunConfig) -> Iterator[str]:
         yield f"round {task.server_round} does not exist: a {task.kind} has rounds {first} to {last}"
 
 
-def _evaluation(task: Task, site: SiteConfig) -> Iterator[str]:
-    if task.kind == "evaluate" and "evaluation" not in site.policy.release_metrics:
+def evaluation_refusals(run: RunConfig, site: SiteConfig) -> Iterator[str]:
+    """Yield why a site counts no test records for a run, as far as its site.toml tells."""
+    if "evaluation" not in site.policy.release_metrics:
         yield (
             f"policy.release-metrics = {list(site.policy.release_metrics)}: the task asks for sums over the "
             'test records, which "evaluation" there would allow'
+        )
+    split = site.data.evaluation_split
+    # "" trains on the rows of every split.
+    if run.data.split in (split, ""):
+        yield (
+            f"data.evaluation-split = {split!r} is part of what this run trained on (data.split = "
+            f"{run.data.split!r}); only records of another split are counted"
         )
 
 

@@ -62,6 +62,13 @@ def init(
     column: Annotated[str, typer.Option(help="The column to cut by (dirichlet, column).")] = "",
     concentration: Annotated[float, typer.Option(help="Dirichlet: smaller is more skewed.")] = 0.5,
     test_share: Annotated[float, typer.Option(help="Share held back as central test set.")] = 0.1,
+    site_test_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of each site's patients (of your own data: records) that it holds back for "
+            "evaluation.at-sites."
+        ),
+    ] = 0.0,
     skew: Annotated[
         float, typer.Option(help="Synthetic hospitals: 0 alike, 1 of unlike departments.")
     ] = 0.9,
@@ -81,6 +88,7 @@ def init(
             spec,
             config,
             ranks=_ranks(ranks),
+            site_test_share=site_test_share,
         )
     else:
         own = OwnData(
@@ -90,6 +98,7 @@ def init(
             column=column,
             concentration=concentration,
             test_share=test_share,
+            site_test_share=site_test_share,
             seed=seed,
         )
         written = write_own_scenario(folder, own, config, ranks=_ranks(ranks))

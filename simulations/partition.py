@@ -85,6 +85,22 @@ def partition_by_column(labels: Sequence[Hashable]) -> dict[str, tuple[int, ...]
     return named
 
 
+def held_back(groups: Sequence[Hashable], *, share: float, seed: int) -> frozenset[int]:
+    """Return the places of a random share of the groups, each whole: a test set that no group straddles.
+
+    groups: for each record what it belongs to, such as its patient. share: of the groups, above 0, below 1.
+    Raises ValueError if no group, or every one, would be held back.
+    """
+    places = list(partition_by_column(groups).values())
+    count = round(share * len(places))
+    if not 0 < count < len(places):
+        raise ValueError(
+            f"a share of {share} of {len(places)} is {count}; choose one that leaves some on both sides"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(places))[:count]
+    return frozenset(index for group in chosen for index in places[group])
+
+
 def _check_sites(num_records: int, *, num_sites: int, min_records: int) -> None:
     if num_sites < 1:
         raise ValueError(f"num_sites is {num_sites}; choose 1 or more")

@@ -27,7 +27,13 @@ from server.run_folder import RunFolder, open_run_folder
 from simulations.embedded import embedded_model_dir
 from simulations.flower import FlowerEngine, run_on_flower
 from simulations.inline import InlineGrid
-from simulations.sites import SourceSite, declared_size, plan_sites, write_sites
+from simulations.sites import (
+    SourceSite,
+    check_test_records,
+    declared_size,
+    plan_sites,
+    write_sites,
+)
 
 EngineName = Literal["inline", "flower"]
 
@@ -132,6 +138,9 @@ def check_simulation(simulation: Simulation) -> CheckedRun:
     if sizes:
         with problems.noting():
             _check_training(config, smallest_size=min(sizes))
+    if config.evaluation.at_sites:
+        with problems.noting():
+            check_test_records(sources, config=config)
     problems.raise_all()
     assert checked is not None  # or problems would have said why
     return checked

@@ -6,8 +6,8 @@ Synthetic hospitals, or one's own data set cut into sites.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,12 @@ from common.dataset import Columns, load_rows
 from common.errors import ConfigError
 from common.files import write_atomically
 from server.run_folder import run_toml
-from simulations.partition import partition_by_column, partition_dirichlet, partition_iid
+from simulations.partition import (
+    held_back,
+    partition_by_column,
+    partition_dirichlet,
+    partition_iid,
+)
 from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
 
 PartitionName = Literal["iid", "dirichlet", "column"]
@@ -31,7 +36,8 @@ class OwnData:
     """One's own data set and how to cut it.
 
     column: what dirichlet and column cut by. concentration: Dirichlet's; smaller is more skewed.
-    test_share: of all records, held back as the central test set.
+    test_share: of all records, held back as the central test set. site_test_share: of each site's records,
+    held back there, for evaluation.at-sites.
     """
 
     path: Path
@@ -40,24 +46,44 @@ class OwnData:
     column: str = ""
     concentration: float = 0.5
     test_share: float = 0.1
+    site_test_share: float = 0.0
     seed: int = 0
 
 
 def write_synthetic_scenario(
-    folder: Path, spec: SyntheticSpec, config: RunConfig, *, ranks: Sequence[int] = ()
+    folder: Path,
+    spec: SyntheticSpec,
+    config: RunConfig,
+    *,
+    ranks: Sequence[int] = (),
+    site_test_share: float = 0.0,
 ) -> list[Path]:
     """Write synthetic hospitals and a run.toml; return what was written.
 
     ranks: what the sites can hold at most (policy.max-rank), by turns; () says nothing of it.
-    Raises ConfigError when the folder holds a scenario already.
+    site_test_share: of each site's patients, whose records it holds back for evaluation.at-sites.
+    Raises ConfigError when the folder holds a scenario already, or the share leaves nobody on a side.
     """
     _refuse_existing(folder)
     hospitals = generate_hospitals(spec)
-    for (name, records), rank in zip(hospitals.sites.items(), _by_turns(ranks), strict=False):
-        write_jsonl(records, folder / "sites" / name / "records.jsonl")
-        _write_site_toml(folder / "sites" / name, name, max_rank=rank, patient_id="patient")
+    sites = {
+        name: _with_splits(
+            [asdict(record) for record in records],
+            groups=[record.patient for record in records],
+            share=site_test_share,
+            seed=spec.seed,
+        )
+        for name, records in hospitals.sites.items()
+    }
+    for (name, rows), rank in zip(sites.items(), _by_turns(ranks), strict=False):
+        home = folder / "sites" / name
+        home.mkdir(parents=True)
+        _write_rows(home / "records.jsonl", rows)
+        _write_site_toml(home, name, max_rank=rank, patient_id="patient")
     write_jsonl(hospitals.central_test, folder / "central.jsonl")
-    return _finish(folder, config, num_sites=len(hospitals.sites), column="department")
+    return _finish(
+        folder, config, num_sites=len(sites), column="department", at_sites=site_test_share > 0
+    )
 
 
 def write_own_scenario(
@@ -78,15 +104,50 @@ def write_own_scenario(
             "that leaves records on both sides"
         )
     test = {index for (index,) in held_back[:num_test]}
-    rest = [row for index, row in enumerate(rows) if index not in test]
-    for (name, indices), rank in zip(_cut(rest, data).items(), _by_turns(ranks), strict=False):
+    rest = [_without_split(row) for index, row in enumerate(rows) if index not in test]
+    sites = {
+        name: _with_splits(
+            [rest[index] for index in indices],
+            groups=range(len(indices)),
+            share=data.site_test_share,
+            seed=data.seed,
+        )
+        for name, indices in _cut(rest, data).items()
+    }
+    for (name, part), rank in zip(sites.items(), _by_turns(ranks), strict=False):
         home = folder / "sites" / name
         home.mkdir(parents=True)
-        _write_rows(home / "records.jsonl", [rest[index] for index in indices])
+        _write_rows(home / "records.jsonl", part)
         _write_site_toml(home, name, max_rank=rank)
-    _write_rows(folder / "central.jsonl", [rows[index] for index in sorted(test)])
-    num_sites = len(list((folder / "sites").iterdir()))
-    return _finish(folder, config, num_sites=num_sites, column=data.column)
+    _write_rows(folder / "central.jsonl", [_without_split(rows[index]) for index in sorted(test)])
+    return _finish(
+        folder,
+        config,
+        num_sites=len(sites),
+        column=data.column,
+        at_sites=data.site_test_share > 0,
+    )
+
+
+def _with_splits(
+    rows: Sequence[Mapping[str, Any]], *, groups: Sequence[Hashable], share: float, seed: int
+) -> list[Mapping[str, Any]]:
+    """Return a site's rows, each with its split where a share of the groups is held back; as is for 0."""
+    if share == 0:
+        return list(rows)
+    try:
+        test = held_back(groups, share=share, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"--site-test-share: {error}") from None
+    return [
+        {**row, Columns().split: "test" if index in test else "train"}
+        for index, row in enumerate(rows)
+    ]
+
+
+def _without_split(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A split that the data came with is another cut than this one, and would hide records from it."""
+    return {key: value for key, value in row.items() if key != Columns().split}
 
 
 def _cut(rows: Sequence[Mapping[str, Any]], data: OwnData) -> dict[str, Sequence[int]]:
@@ -155,11 +216,14 @@ def _write_site_toml(home: Path, name: str, *, max_rank: int = 0, patient_id: st
     write_atomically(home / SITE_FILE, (text + tomli_w.dumps(tree)).encode())
 
 
-def _finish(folder: Path, config: RunConfig, *, num_sites: int, column: str) -> list[Path]:
+def _finish(
+    folder: Path, config: RunConfig, *, num_sites: int, column: str, at_sites: bool
+) -> list[Path]:
     changes: dict[str, Scalar] = {
         "federation.min-sites": num_sites,
         "evaluation.central-data": "central.jsonl",
         "evaluation.group-by": column,
+        "evaluation.at-sites": at_sites,
     }
     flat = config.replace(changes).flat()
     del flat["run.uid"]
@@ -168,9 +232,7 @@ def _finish(folder: Path, config: RunConfig, *, num_sites: int, column: str) -> 
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    # A split that the data came with is another cut than this one, and would hide records from it.
-    kept = [{key: value for key, value in row.items() if key != Columns().split} for row in rows]
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     write_atomically(path, text.encode())
 
 

@@ -16,10 +16,11 @@ import tomli_w
 from pydantic import ValidationError
 
 from client.examples import columns_of
+from client.policy import evaluation_refusals
 from client.site_config import SITE_FILE, SiteConfig, load_site_config
 from common.config import RunConfig, read_toml
 from common.dataset import Records, load_records
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.files import write_atomically
 from common.signing import load_or_generate
 from server.roster import Roster, RosterEntry
@@ -152,6 +153,44 @@ def declared_size(source: SourceSite, *, config: RunConfig) -> int:
     return int(source.settings.get("data", {}).get("declared-size", count))
 
 
+def check_test_records(sources: Sequence[SourceSite], *, config: RunConfig) -> None:
+    """Raise ConfigError when evaluation.at-sites would be refused by each of the sites.
+
+    One that refuses is left out of the evaluation, as in a real federation.
+    """
+    refusals = {source.name: _evaluation_refusal(source, config=config) for source in sources}
+    if refusals and all(refusals.values()):
+        listed = "\n".join(f"  {name}: {refusal}" for name, refusal in refusals.items())
+        raise ConfigError(
+            "evaluation.at-sites = true, and no site would count; give their records a split of their own "
+            f"(consilium simulate init --site-test-share 0.2 does), or set it to false:\n{listed}"
+        )
+
+
+def _evaluation_refusal(source: SourceSite, *, config: RunConfig) -> str:
+    """Why a site would count no test records, "" where it would."""
+    tree = _tree(source, model=_NO_MODEL, coordinator_public_key="0" * 64, config=config)
+    site = _validate(source, tree)
+    refusals = list(evaluation_refusals(config, site))
+    if refusals:
+        return "; ".join(refusals)
+    by_patient = site.data.unit == "patient"
+    try:
+        records = load_records(
+            source.data,
+            columns=columns_of(site.data, by_patient=by_patient),
+            split=site.data.evaluation_split,
+            split_required=True,
+        )
+    except DataError as error:
+        return str(error)
+    found = len(records.patients if by_patient else records)
+    fewest = site.policy.min_evaluation_records
+    if found >= fewest:
+        return ""
+    return f"policy.min-evaluation-records = {fewest}, and its test split has {found}"
+
+
 def _site_toml(
     source: SourceSite, *, model: BaseModelFolder, coordinator_public_key: str, config: RunConfig
 ) -> str:
@@ -192,7 +231,8 @@ def _tree(
             "max-tokens": 10**12,
             "max-hours": 1e4,
             "max-adapter-norm": 1e9,
-            "release-metrics": ["train-loss", "train-seconds"],
+            "release-metrics": ["train-loss", "train-seconds", "evaluation"],
+            "min-evaluation-records": 1,
             **source.settings.get("policy", {}),
             "allowed-models": [
                 {"name": model.name, "path": str(model.path), "digest": model.digest}

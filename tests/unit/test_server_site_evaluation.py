@@ -85,9 +85,10 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
         for place, row in enumerate(rows):
             row["split"] = "test" if place % 3 == 0 else "train"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first = folder / "sites" / site_names(folder)[0] / "site.toml"
-    policy = '[policy]\nrelease-metrics = ["evaluation"]\nmin-evaluation-records = 4\n'
-    first.write_text(first.read_text() + policy)
+    for name, released in zip(site_names(folder), ('"evaluation"', ""), strict=True):
+        path = folder / "sites" / name / "site.toml"
+        policy = f"[policy]\nrelease-metrics = [{released}]\nmin-evaluation-records = 4\n"
+        path.write_text(path.read_text() + policy)
     out = tmp_path_factory.mktemp("evaluated") / "run"
     run(folder, out, evaluation__central_data="", evaluation__at_sites=True)
     return out

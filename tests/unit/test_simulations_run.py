@@ -30,7 +30,7 @@ from common.errors import (
 from common.model import load_base, release_base
 from common.prompts import collate, resolve_template, tokenize_all
 from server.history import read_events
-from simulations.run import run_simulation
+from simulations.run import check_simulation, run_simulation
 from simulations.synthetic import SyntheticRecord, planted_identifiers
 from tests.unit.scenarios import (
     DP,
@@ -438,6 +438,30 @@ def test_bad_input_is_said_before_anything_is_written(
     with pytest.raises(error, match=message):
         run(scenario, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_at_sites_that_each_of_them_would_refuse_is_said_before_anything_is_written(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = write_scenario(tmp_path / "scenario", tiny_model_dir)
+    first, second = (folder / "sites" / name for name in site_names(folder))
+    path = second / "site.toml"
+    path.write_text(path.read_text() + '[policy]\nrelease-metrics = ["train-loss"]\n')
+    wanted = r"no site would count.*--site-test-share.*no column 'split'.*release-metrics"
+    with pytest.raises(ConfigError, match=f"(?s){wanted}"):
+        run(folder, tmp_path / "out", evaluation__at_sites=True)
+    assert not (tmp_path / "out").exists()
+    # One that counts is enough.
+    records = first / "records.jsonl"
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    split = [{**row, "split": "test" if n % 3 == 0 else "train"} for n, row in enumerate(rows)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in split))
+    path = first / "site.toml"
+    path.write_text(path.read_text() + "[policy]\nmin-evaluation-records = 99\n")
+    with pytest.raises(ConfigError, match="min-evaluation-records = 99, and its test split has 4"):
+        check_simulation(simulation(folder, tmp_path / "out", evaluation__at_sites=True))
+    path.write_text(path.read_text().replace("99", "4"))
+    check_simulation(simulation(folder, tmp_path / "out", evaluation__at_sites=True))
 
 
 def test_everything_that_is_wrong_is_said_at_once(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -69,10 +69,44 @@ def test_synthetic_scenario_is_ready_to_run(tmp_path: Path) -> None:
         assert declared_size(source, config=patients) == 4
 
 
+def test_each_site_holds_back_whole_patients_for_its_own_test_split(tmp_path: Path) -> None:
+    spec = SyntheticSpec(num_sites=2, patients_per_site=10, test_records=8)
+    written = write_synthetic_scenario(tmp_path / "new", spec, RunConfig(), site_test_share=0.2)
+    assert load_run_config(written[0]).evaluation.at_sites
+    for source in find_sites(written[1]):
+        rows = _read(source.data)
+        patients = {
+            split: {row["patient"] for row in rows if row["split"] == split}
+            for split in ("train", "test")
+        }
+        assert (len(patients["test"]), len(patients["train"])) == (2, 8)
+        assert not patients["test"] & patients["train"]
+
+
+def test_own_data_is_held_back_at_its_sites_too(tmp_path: Path) -> None:
+    # 36 records after the central ones, 18 a site: a third of them is 6.
+    rows = _write_data(tmp_path / "own.jsonl", split="train")
+    cut = _cut(tmp_path, num_sites=2, site_test_share=1 / 3)
+    assert [[row["split"] for row in part].count("test") for part in cut.values()] == [6, 6]
+    assert _everything_once(rows, tmp_path)
+    for source in find_sites(tmp_path / "scenario" / "sites"):
+        assert len(site_records(source, config=RunConfig())) == 12
+
+
+@pytest.mark.parametrize("share", [1e-9, 1.0, -0.5])
+def test_a_share_that_leaves_nobody_on_a_side_is_refused_and_writes_nothing(
+    tmp_path: Path, share: float
+) -> None:
+    spec = SyntheticSpec(num_sites=2, patients_per_site=10, test_records=8)
+    with pytest.raises(ConfigError, match=r"--site-test-share: a share of .* of 10 is"):
+        write_synthetic_scenario(tmp_path / "new", spec, RunConfig(), site_test_share=share)
+    assert not (tmp_path / "new").exists()
+
+
 def test_same_seed_writes_the_same_scenario(tmp_path: Path) -> None:
     spec = SyntheticSpec(num_sites=2, patients_per_site=3, test_records=4, seed=5)
     for name in ("a", "b"):
-        write_synthetic_scenario(tmp_path / name, spec, RunConfig())
+        write_synthetic_scenario(tmp_path / name, spec, RunConfig(), site_test_share=0.4)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
     assert len(files) > 5
     for file in files:
