@@ -8,7 +8,7 @@ from collections.abc import Callable
 from common.adapter import AdapterState
 from common.config import RunConfig
 from common.files import is_disk_full
-from server.evaluation import AtSites, Evaluation, compare_with_base
+from server.evaluation import AtSites, CentralCounts, Evaluation, compare_with_base
 from server.history import History
 from server.prepared_run import PreparedRun
 from server.rounds import Federation
@@ -25,12 +25,13 @@ def evaluate_result(
     run_uid: str,
     server_round: int,
     at_sites: Callable[[AdapterState, int], AtSites] | None = None,
+    counts: CentralCounts | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Return what an adapter is worth beside its base, on the central records and the fixed questions.
 
     server_round: that made it. at_sites: asks the sites too, where evaluation.at-sites wants it.
-    on_batch: see `compare_with_base`.
+    counts, on_batch: see `compare_with_base`.
     """
     central = prepared.central
     models, answered = compare_with_base(
@@ -39,6 +40,7 @@ def evaluate_result(
         central,
         config=config,
         questions=prepared.questions,
+        counts=counts,
         on_batch=on_batch,
     )
     wanted = at_sites is not None and config.evaluation.at_sites
@@ -63,6 +65,7 @@ def try_to_evaluate(
     config: RunConfig,
     server_round: int,
     at_sites: Callable[[AdapterState, int], AtSites],
+    counts: CentralCounts | None,
     history: History,
 ) -> None:
     """Write evaluation.json of what is handed out, or that it could not be measured, into the history.
@@ -78,6 +81,7 @@ def try_to_evaluate(
             run_uid=folder.run_uid,
             server_round=server_round,
             at_sites=at_sites,
+            counts=counts,
         ).write(folder.evaluation)
     except Exception as error:
         if is_disk_full(error):

@@ -25,7 +25,7 @@ from common.schedule import scheduled_rate
 from common.signing import SigningKey
 from server.audit import CoordinatorAudit
 from server.checkpoint import Checkpoint, load_latest, load_round, save_checkpoint
-from server.evaluation import evaluate
+from server.evaluation import CentralCounts
 from server.exclusions import Exclusions
 from server.export.adapter import export_adapter
 from server.global_adapter import first_adapter, merge_replies
@@ -146,16 +146,10 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         incoming=folder.incoming,
     )
 
+    counts = None if central is None else CentralCounts(base, central.examples, config=config)
+
     def measure(adapter: AdapterState | None) -> LanguageMetrics | None:
-        if central is None:
-            return None
-        return evaluate(
-            base,
-            central.examples,
-            adapter=adapter,
-            lora=config.lora,
-            batch_size=config.evaluation.batch_size,
-        )
+        return None if counts is None else counts.metrics(adapter)
 
     checkpoint = _checkpoint_to_continue(plan, history)
     if checkpoint is not None:
@@ -226,6 +220,7 @@ def _run(grid: Grid, plan: RunPlan, history: History) -> Summary:
         config=config,
         server_round=summary["exported_round"],
         at_sites=partial(evaluated_at_sites, federation, history),
+        counts=counts,
         history=history,
     )
     summary["wall_s"] = round(wall_before_s + time.monotonic() - started, 2)

@@ -1,7 +1,8 @@
 """How good a model is: measured on the coordinator's own records, or counted at the sites.
 
 central.py reads the test records; language.py, text_metrics.py and options.py each measure one thing;
-compare.py puts a result beside its untouched base; results.py is what comes out, and evaluation.json.
+counts.py counts no record twice; compare.py puts a result beside its untouched base; results.py is what comes
+out, and evaluation.json.
 """
 
 from server.evaluation.central import (
@@ -11,12 +12,14 @@ from server.evaluation.central import (
     load_central_set,
 )
 from server.evaluation.compare import compare_with_base, pick_questions, planned_passes
+from server.evaluation.counts import CentralCounts
 from server.evaluation.language import evaluate, evaluate_model
 from server.evaluation.options import check_options
 from server.evaluation.results import AtSites, Evaluation, SiteSums
 
 __all__ = [
     "AtSites",
+    "CentralCounts",
     "CentralSet",
     "Evaluation",
     "SiteSums",

@@ -11,11 +11,11 @@ from torch import nn
 from common.adapter import AdapterState
 from common.config import RunConfig
 from common.dataset import Columns, load_records
-from common.metrics import summarize
+from common.metrics import TokenSums, summarize
 from common.model import BaseModel
 from common.prompts import Prompt
-from common.record_sums import record_sums
 from server.evaluation.central import CentralSet
+from server.evaluation.counts import CentralCounts
 from server.evaluation.generation import generate_answers
 from server.evaluation.language import group_metrics, lent_model
 from server.evaluation.options import measure_options, option_labels
@@ -62,19 +62,26 @@ def compare_with_base(
     *,
     config: RunConfig,
     questions: Sequence[Prompt] = (),
+    counts: CentralCounts | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[tuple[ModelResults, ModelResults] | None, tuple[AnsweredQuestion, ...]]:
     """Return what base and base with adapter are worth, in this order, and their answers to `questions`.
 
-    on_batch: is told how many records each batch held; see `planned_passes`. Raises DataError.
+    counts: of these records, where some were counted before. on_batch: is told how many records each batch
+    held; see `planned_passes`. Raises DataError.
     """
     if central is None and not questions:
         return None, ()
+    if counts is None and central is not None:
+        counts = CentralCounts(base, central.examples, config=config)
     results, answers = [], []
     for state in (None, adapter):
+        sums = () if counts is None else counts.sums(state, on_batch=on_batch)
         with lent_model(base, config.lora, state) as model:
             if central is not None:
-                results.append(_measure(model, base, central, config=config, on_batch=on_batch))
+                results.append(
+                    _measure(model, base, central, sums, config=config, on_batch=on_batch)
+                )
             answers.append(
                 generate_answers(model, base, questions, config=config, on_batch=on_batch)
             )
@@ -89,14 +96,12 @@ def _measure(
     model: nn.Module,
     base: BaseModel,
     central: CentralSet,
+    sums: Sequence[TokenSums],
     *,
     config: RunConfig,
     on_batch: Callable[[int], None],
 ) -> ModelResults:
     settings = config.evaluation
-    sums = record_sums(
-        model, base, central.examples, batch_size=settings.batch_size, on_batch=on_batch
-    )
     generation = options = None
     if "generation" in settings.metric_names:
         prompts = _generated(central, config)
