@@ -24,6 +24,7 @@ from client.sampling import (
     private_batches,
     shuffled_batches,
 )
+from common.answer_logits import answer_logits
 from common.config import TrainSection
 from common.errors import PrivacyError, TrainingError
 from common.metrics import record_losses
@@ -131,10 +132,7 @@ def train(
                 ):
                     records = [examples[i] for unit in piece for i in unit]
                     inputs = collate(records, pad_id=pad_id, device=device)
-                    logits = model(
-                        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask
-                    ).logits
-                    loss = record_losses(logits, inputs.labels).sum()
+                    loss = record_losses(*answer_logits(model, inputs)).sum()
                     step.backward(loss, sizes=[len(unit) for unit in piece])
                     loss_sum += float(loss.detach())
                     records_seen += len(records)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from common.answer_logits import answer_logits
 from common.metrics import TokenSums, token_sums
 from common.model import BaseModel
 from common.prompts import Examples, collate
@@ -33,8 +34,8 @@ def record_sums(
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = collate([examples[i] for i in places], pad_id=base.pad_id, device=base.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        for place, one in zip(places, token_sums(logits, batch.labels), strict=True):
+        logits, labels = answer_logits(model, batch)
+        for place, one in zip(places, token_sums(logits, labels), strict=True):
             sums[place] = one
         on_batch(len(places))
     return tuple(sums)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.answer_logits import answer_logits
 from common.metrics import record_losses
 from common.model import BaseModel
 from common.prompts import IGNORE, Examples, collate
@@ -50,9 +51,9 @@ def losses_of_records(
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = collate([examples[i] for i in places], pad_id=base.pad_id, device=base.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        mean[places] = record_losses(logits, batch.labels).double().cpu().numpy()
-        least_likely[places] = least_likely_losses(logits, batch.labels).double().cpu().numpy()
+        logits, labels = answer_logits(model, batch)
+        mean[places] = record_losses(logits, labels).double().cpu().numpy()
+        least_likely[places] = least_likely_losses(logits, labels).double().cpu().numpy()
         on_records(len(places))
     return RecordLosses(mean, least_likely)
 

@@ -19,6 +19,7 @@ from torch.optim import AdamW
 import client.dp
 from client.dp import private_steps
 from client.optimizer import PlainStep
+from common.answer_logits import answer_logits
 from common.metrics import record_losses
 from common.prompts import Batch
 
@@ -51,10 +52,7 @@ class Work:
 
     def losses(self, model: nn.Module) -> Tensor:
         """Return each record's loss."""
-        logits = model(
-            input_ids=self.batch.input_ids, attention_mask=self.batch.attention_mask
-        ).logits
-        return record_losses(logits, self.batch.labels)
+        return record_losses(*answer_logits(model, self.batch))
 
     def optimizer(self) -> AdamW:
         """Return the optimizer that every arm steps."""
