@@ -48,13 +48,13 @@ def record_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Returns (batch,), float32; 0 for a record without answer tokens. One record's value depends on
     that record alone, which is what per-record clipping needs (Abadi et al. 1607.00133, section 3).
     """
-    nll, mask = _token_nll(logits, labels)
+    nll, mask = token_losses(logits, labels)
     return (nll * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def token_sums(logits: Tensor, labels: Tensor) -> list[TokenSums]:
     """Return each record's sums over its answer tokens (shapes as in `record_losses`)."""
-    nll, mask = _token_nll(logits, labels)
+    nll, mask = token_losses(logits, labels)
     hits = (logits[:, :-1].argmax(dim=-1) == labels[:, 1:]) & mask.bool()
     nlls = (nll.double() * mask).sum(dim=1).tolist()
     correct, tokens = hits.sum(dim=1).tolist(), mask.sum(dim=1).long().tolist()
@@ -71,12 +71,15 @@ def summarize(parts: Iterable[TokenSums]) -> LanguageMetrics:
     return LanguageMetrics(loss, perplexity, total.correct / total.tokens)
 
 
-def _token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each position's cross-entropy against the next label, and 1 where that is of an answer.
+
+    Shapes as in `record_losses`. Returns two (batch, length - 1), float32.
+    """
     targets = labels[:, 1:]
     mask = (targets != IGNORE).to(torch.float32)
+    # A token's scores side by side in memory: the other layout takes a quarter longer.
     nll = functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2),
-        targets.clamp(min=0),
-        reduction="none",
+        logits[:, :-1].float().flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none"
     )
-    return nll, mask
+    return nll.view(targets.shape), mask

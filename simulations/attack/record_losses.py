@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.answer_logits import answer_logits
-from common.metrics import record_losses
+from common.metrics import record_losses, token_losses
 from common.model import BaseModel
-from common.prompts import IGNORE, Examples, collate
+from common.prompts import Examples, collate
 from simulations.attack.guessing import Scores
 
 # The share of a record's tokens that min-k% looks at (Shi et al. 2310.16789, section 4).
@@ -65,14 +64,9 @@ def least_likely_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Returns (batch,); 0 for a record without answer tokens.
     Source: min-k% prob, Shi et al. 2310.16789, equation 1, as a loss.
     """
-    targets = labels[:, 1:]
-    nll = functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets.clamp(min=0), reduction="none"
-    )
-    answered = targets != IGNORE
     rows = []
-    for losses, mask in zip(nll, answered, strict=True):
-        own = losses[mask]
+    for losses, answered in zip(*token_losses(logits, labels), strict=True):
+        own = losses[answered.bool()]
         count = max(1, math.floor(MIN_K * len(own)))
         rows.append(own.topk(count).values.mean() if len(own) else losses.new_zeros(()))
     return torch.stack(rows)
