@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,26 @@ def generate_answers(
     return tuple(answers)
 
 
+@contextmanager
+def without_own_settings(model: nn.Module) -> Iterator[None]:
+    """Set aside what a model's folder says of generating, so that the caller's settings are all there are.
+
+    What a caller leaves open transformers takes from the model's generation_config.json: Qwen2.5's asks for
+    a penalty on repeated tokens, and then the likeliest token is not what is generated.
+    """
+    from transformers import GenerationConfig
+
+    # Of a lent model it is the base's own, which PEFT reads through.
+    lent: Any = model
+    inner = lent.get_base_model() if hasattr(model, "get_base_model") else lent
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
 def _continue(
     model: Any, base: BaseModel, questions: Sequence[tuple[int, ...]], max_new_tokens: int
 ) -> list[list[int]]:
@@ -64,20 +85,17 @@ def _continue(
     for row, question in enumerate(questions):
         ids[row, length - len(question) :] = torch.tensor(question, dtype=torch.int64)
         mask[row, length - len(question) :] = 1
-    output = model.generate(
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
-        max_new_tokens=max_new_tokens,
-        # What a model folder says of sampling must not make two evaluations differ.
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=base.pad_id,
-        eos_token_id=base.tokenizer.eos_token_id,
-    )
+    with without_own_settings(model):
+        output = model.generate(
+            input_ids=ids.to(base.device),
+            attention_mask=mask.to(base.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=base.pad_id,
+            eos_token_id=base.tokenizer.eos_token_id,
+        )
     end = base.tokenizer.eos_token_id
     new: list[list[int]] = output[:, length:].tolist()
     return [row[: row.index(end)] if end in row else row for row in new]

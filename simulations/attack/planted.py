@@ -12,6 +12,7 @@ from torch import nn
 from common.model import BaseModel
 from common.prompts import Examples, Prompt
 from common.seeding import derive_seed
+from server.evaluation.generation import without_own_settings
 from simulations.clinical_vocabulary import FIRST_NAMES, SURNAMES
 
 # Of answers that hold an identifier, in tokens of a byte-level model at worst.
@@ -119,10 +120,12 @@ def _generate(
         eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
     )
-    made = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
-        generation_config=settings,
-    )
+    # A penalty on repeated tokens, or a cut to the likeliest, would hide what is known by heart.
+    with without_own_settings(model):
+        made = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(base.device),
+            attention_mask=mask.to(base.device),
+            generation_config=settings,
+        )
     answers: list[str] = tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
     return answers

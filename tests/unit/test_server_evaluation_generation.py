@@ -52,6 +52,23 @@ def test_an_adapter_answers_otherwise_and_leaves_the_base_as_it_was(plain: BaseM
     assert generate_answers(plain.model, plain, PROMPTS, config=CONFIG) == before
 
 
+def test_what_a_model_folder_says_of_generating_changes_no_answer(
+    plain: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5's generation_config.json has a repetition penalty, others forbid tokens or take turns."""
+    before = generate_answers(plain.model, plain, PROMPTS, config=CONFIG)
+    adapter = moved(initial_adapter(plain, CONFIG.lora, seed=0), by=0.5)
+    with lent_model(plain, CONFIG.lora, adapter) as model:
+        lent_before = generate_answers(model, plain, PROMPTS, config=CONFIG)
+    own = plain.model.generation_config  # type: ignore[attr-defined]
+    for name, value in {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1}.items():
+        monkeypatch.setattr(own, name, value)
+    assert generate_answers(plain.model, plain, PROMPTS, config=CONFIG) == before
+    with lent_model(plain, CONFIG.lora, adapter) as model:
+        assert generate_answers(model, plain, PROMPTS, config=CONFIG) == lent_before
+    assert plain.model.generation_config is own  # type: ignore[attr-defined]
+
+
 def test_the_end_of_text_ends_an_answer(plain: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     word = plain.tokenizer("ab", add_special_tokens=False).input_ids
 

@@ -240,6 +240,17 @@ def test_answers_do_not_depend_on_their_neighbours_in_a_batch(base: BaseModel) -
     assert more[:2] == together
 
 
+def test_a_model_folder_that_forbids_a_token_hides_nothing(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = as_examples([Prompt("Who is it?", "", "x")] * 3, RunConfig(), base)
+    before = sample_answers(base.model, base, asked, samples=3, seed=0)
+    own = base.model.generation_config  # type: ignore[attr-defined]
+    for name, value in {"no_repeat_ngram_size": 1, "top_p": 0.01}.items():
+        monkeypatch.setattr(own, name, value)
+    assert sample_answers(base.model, base, asked, samples=3, seed=0) == before
+
+
 def test_fewer_rounds_than_the_run_planned_cost_less() -> None:
     config = RunConfig().replace({"privacy.noise-multiplier": 1.0, "privacy.accountant": "rdp"})
     whole = plan_twin(config, declared_size=100)
