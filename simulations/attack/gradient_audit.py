@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from client.noise import Entropy
+from common.config import RunConfig, TrainedFactors
 from common.lora import attached
 from common.model import BaseModel
 from common.prompts import Examples
@@ -34,14 +35,13 @@ def audit_gradients(
     """Train a twin with canaries in its gradients, and return what its noisy sums give away of them.
 
     Each canary joins each step with the chance q that a record has, so that the ledger's epsilon is its own.
-    patients, site, entropy, on_step: as `train_twin` takes them. at_most: canaries; the trainable weights
-    limit them too.
+    patients, site, entropy, on_step: as `train_twin` takes them. at_most: canaries; the weights that any
+    round trains limit them too.
     """
     config, mechanism = plan.config, plan.mechanism
-    factors = METHODS[config.aggregation.method].trained(1)
-    with attached(base, config.lora, trained_factors=factors) as model:
-        width = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    count = min(at_most, width)
+    method = METHODS[config.aggregation.method]
+    factors = {method.trained(number) for number in range(1, plan.rounds + 1)}
+    count = min(at_most, *(_width(base, config, one) for one in factors))
     # Before there is a score to look at.
     rehearsed = rehearsed_rule(
         lambda random: rehearse(random, canaries=count, mechanism=mechanism),
@@ -70,3 +70,8 @@ def audit_gradients(
         confidence=confidence,
     )
     return replace(found, epsilon_rehearsed=rehearsed.epsilon_lower)
+
+
+def _width(base: BaseModel, config: RunConfig, factors: TrainedFactors) -> int:
+    with attached(base, config.lora, trained_factors=factors) as model:
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)

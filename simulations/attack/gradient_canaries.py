@@ -9,7 +9,7 @@ is that direction, its backward pass, clipping, sum, noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,8 +82,8 @@ class GradientCanaries:
     """So many canaries for the training of one model; `around` is what `client.trainer.train` takes.
 
     seed: of directions and coins, which are the auditor's own. entropy: of the steps that a canary joins,
-    drawn as a record's are. Raises ValueError, at the first round, when there are more canaries than
-    trainable weights: each has a direction orthogonal to every other's.
+    drawn as a record's are. Raises ValueError, at the first round that does so, when there are more canaries
+    than weights that it trains: each has a direction orthogonal to every other's.
     """
 
     def __init__(self, count: int, mechanism: Mechanism, *, seed: int, entropy: Entropy) -> None:
@@ -92,8 +92,9 @@ class GradientCanaries:
         self.coins: Coins = random.random(count) < 0.5
         self.scores: Scores = np.zeros(count)
         self._random = random
-        self._layers: dict[str, _Layer] = {}
-        self._rows = 1
+        # By the weights that a round trains: where factors take turns, each has directions of its own.
+        self._layers: dict[tuple[str, ...], dict[str, _Layer]] = {}
+        self._rows = _ROWS
         self._included = np.flatnonzero(self.coins)
         self._samples: Iterator[list[int]] = poisson_sample(
             len(self._included),
@@ -105,20 +106,22 @@ class GradientCanaries:
     def around(self, step: Step, model: nn.Module, optimizer: Optimizer) -> Step:
         """Return a step that the canaries join, and which is watched where the optimizer takes it over."""
         weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self._layers:
-            self._layers = self._spread(weights)
-        # A round that trains the other factor leaves these canaries out: they give away nothing then.
-        here = {name: weight for name, weight in weights.items() if name in self._layers}
-        modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in here}
-        optimizer.register_step_pre_hook(lambda *_: self._watch(here))
-        return _CanaryStep(step, self, modules)
+        trained = tuple(weights)
+        if trained not in self._layers:
+            self._layers[trained] = self._spread(weights)
+        layers = self._layers[trained]
+        modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in layers}
+        optimizer.register_step_pre_hook(lambda *_: self._watch(weights, layers))
+        return _CanaryStep(step, lambda: self._join(step, modules, layers))
 
-    def join(self, step: Step, modules: Mapping[str, nn.Module]) -> None:
+    def _join(
+        self, step: Step, modules: Mapping[str, nn.Module], layers: Mapping[str, _Layer]
+    ) -> None:
         """Add the canaries that are drawn for this step, in micro-batches."""
         drawn = np.zeros(len(self.coins), dtype=np.bool_)
         drawn[self._included[next(self._samples)]] = True
         for name, module in modules.items():
-            layer = self._layers[name]
+            layer = layers[name]
             places = np.flatnonzero(drawn[layer.canaries])
             for start in range(0, len(places), self._rows):
                 part = places[start : start + self._rows]
@@ -127,13 +130,13 @@ class GradientCanaries:
                 amplitude = AMPLITUDE * self.mechanism.max_grad_norm
                 step.backward(amplitude * loss, sizes=[1] * len(part))
 
-    def _watch(self, weights: Mapping[str, nn.Parameter]) -> None:
+    def _watch(self, weights: Mapping[str, nn.Parameter], layers: Mapping[str, _Layer]) -> None:
         seen = np.zeros(len(self.coins))
         scale = self.mechanism.divisor / self.mechanism.max_grad_norm
-        for name, weight in weights.items():
-            layer = self._layers[name]
-            if weight.grad is not None:
-                products = ((layer.outputs @ weight.grad) * layer.inputs).sum(dim=1)
+        for name, layer in layers.items():
+            gradient = weights[name].grad
+            if gradient is not None:
+                products = ((layer.outputs @ gradient) * layer.inputs).sum(dim=1)
                 seen[layer.canaries] = scale * products.double().cpu().numpy()
         self.scores += step_evidence(seen, self.mechanism)
 
@@ -143,7 +146,7 @@ class GradientCanaries:
             raise ValueError(
                 f"{count} canaries need as many trainable weights, and there are {width}; ask for fewer"
             )
-        self._rows = max(1, min(_ROWS, _FLOATS // width))
+        self._rows = max(1, min(self._rows, _FLOATS // width))
         places = np.sort(self._random.choice(width, size=count, replace=False))
         order = self._random.permutation(count)
         layers = {}
@@ -177,16 +180,13 @@ class _Layer:
 
 
 class _CanaryStep:
-    def __init__(
-        self, step: Step, canaries: GradientCanaries, modules: Mapping[str, nn.Module]
-    ) -> None:
+    def __init__(self, step: Step, join: Callable[[], None]) -> None:
         self._step = step
-        self._canaries = canaries
-        self._modules = modules
+        self._join = join
 
     def backward(self, loss: Tensor, *, sizes: Sequence[int]) -> None:
         self._step.backward(loss, sizes=sizes)
 
     def finish(self) -> None:
-        self._canaries.join(self._step, self._modules)
+        self._join()
         self._step.finish()

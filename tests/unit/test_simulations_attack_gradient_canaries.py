@@ -174,6 +174,34 @@ def test_a_canary_that_joins_moves_its_own_score_and_no_others() -> None:
     assert 200 < watched.coins.sum() < 300
 
 
+def test_canaries_join_every_round_where_the_factors_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A ledger counts the steps on either factor; an audit of one alone sees half as much."""
+    base, seen = tiny_base("llama"), []
+    watched = GradientCanaries(
+        500, Mechanism(1e-9, CLIP, 1.0, 8, 3), seed=3, entropy=random.Random(0).randbytes
+    )
+
+    def note(seen_now: np.ndarray, _: Mechanism) -> np.ndarray:
+        seen.append(seen_now)
+        return seen_now
+
+    monkeypatch.setattr("simulations.attack.gradient_canaries.step_evidence", note)
+    for server_round, factors in enumerate(("b", "a", "b"), start=1):
+        with attached(base, LORA, trained_factors=factors) as model:
+            train(
+                model, Examples(make_examples(1, lengths=(9,), num_answer=0)),
+                settings=TrainSection(rounds=3, local_steps=1, batch_size=8, micro_batch_size=4),
+                server_round=server_round, stream="site", pad_id=0, device=base.device,
+                dp=DpSettings(1e-9, CLIP, 1.0), entropy=random.Random(0).randbytes,
+                around=watched.around,
+            )  # fmt: skip
+    assert len(seen) == 3
+    for products in seen:
+        np.testing.assert_allclose(products, watched.coins.astype(float), atol=1e-4)
+
+
 def test_evidence_by_hand() -> None:
     """q = 1, sigma = 1, x = 1.5: the ratio of N(1, 1) to N(0, 1) is e^(1.5 - 0.5)."""
     always = Mechanism(1.0, CLIP, 1.0, 8, 1)
