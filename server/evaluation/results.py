@@ -7,6 +7,7 @@ counts and sums do.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,10 +69,11 @@ class ModelResults:
 
     @property
     def worst_group(self) -> str:
-        """The group of the highest loss, "" without groups."""
+        """The group of the highest loss, "" without groups; one whose loss is no number is worse still."""
         if not self.groups:
             return ""
-        return max(self.groups, key=lambda group: group.metrics.loss).group
+        losses = {one.group: one.metrics.loss for one in self.groups}
+        return max(losses, key=lambda group: (math.isnan(losses[group]), losses[group]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from common.adapter import AdapterState, LoraPair
 from common.config import RunConfig
 from common.errors import DataError
 from common.lora import initial_adapter
+from common.metrics import LanguageMetrics
 from common.model import BaseModel, load_base
 from common.prompts import Examples
 from server.evaluation import (
@@ -25,6 +26,7 @@ from server.evaluation import (
     pick_questions,
     planned_passes,
 )
+from server.evaluation.results import GroupMetrics, ModelResults
 from tests.unit.adapters import moved
 
 CONFIG = RunConfig.parse({"lora.rank": 4, "lora.alpha": 8.0, "data.prompt-template": "question"})
@@ -238,6 +240,19 @@ def test_groups_are_measured_as_if_each_were_alone(tmp_path: Path, base: BaseMod
     lengths = [len(one.question) for one in questions]
     assert lengths == [1, 4, 1, 4, 10]
     assert all(one.base != one.final for one in questions)
+
+
+@pytest.mark.parametrize(
+    "losses", [(1.0, math.nan, 2.0), (math.nan, 1.0, 2.0), (1.0, 2.0, math.nan)]
+)
+def test_a_group_whose_loss_is_no_number_is_served_worst(losses: tuple[float, ...]) -> None:
+    """Whatever place the alphabet gives it."""
+    groups = tuple(
+        GroupMetrics(name, 1, LanguageMetrics(loss, 1.0, 0.5))
+        for name, loss in zip("abc", losses, strict=True)
+    )
+    found = ModelResults(LanguageMetrics(1.0, 1.0, 0.5), groups=groups).worst_group
+    assert found == "abc"[[math.isnan(loss) for loss in losses].index(True)]
 
 
 def test_questions_of_ones_own_are_asked_without_any_test_record(
