@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 
 from server.evaluation.results import TextMetrics
 
 # Of any alphabet: rouge-score knows ASCII alone, and calls everything else no word.
 _NO_WORD = re.compile(r"[\W_]+")
+# That SQuAD's definition takes no notice of (Rajpurkar et al. 1606.05250, section 6.1).
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> TextMetrics:
@@ -22,7 +25,8 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> TextMetr
 
     if len(answers) != len(references) or not answers:
         raise ValueError(f"{len(answers)} answers and {len(references)} references")
-    numbered = list(enumerate(zip(answers, references, strict=True)))
+    pairs = list(zip(answers, references, strict=True))
+    numbered = list(enumerate(_told_apart(pairs, _squad_words)))
     squad_scores = squad(
         [{"prediction_text": answer, "id": str(i)} for i, (answer, _) in numbered],
         [
@@ -30,11 +34,12 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> TextMetr
             for i, (_, true) in numbered
         ],
     )
+    worded = _told_apart(pairs, _words)
     rouge = rouge_score(
-        list(answers),
-        list(references),
+        [answer for answer, _ in worded],
+        [true for _, true in worded],
         rouge_keys="rougeL",
-        normalizer=lambda text: _NO_WORD.sub(" ", text.lower()),
+        normalizer=lambda text: " ".join(_words(text)),
         tokenizer=str.split,
     )
     # Effective order: an answer of fewer than four words has no 4-gram to be wrong about.
@@ -46,3 +51,29 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> TextMetr
         bleu=min(bleu.score / 100, 1.0),
         records=len(answers),
     )
+
+
+def _words(text: str) -> list[str]:
+    return _NO_WORD.sub(" ", text.lower()).split()
+
+
+def _squad_words(text: str) -> list[str]:
+    """What SQuAD's definition leaves of a text."""
+    bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return _ARTICLE.sub(" ", bare).split()
+
+
+def _told_apart(
+    pairs: Iterable[tuple[str, str]], words_of: Callable[[str], list[str]]
+) -> list[tuple[str, str]]:
+    """Return pairs of answer and reference, with words for references that a definition leaves none of.
+
+    "A" of a multiple choice is an article and "+" a sign: whatever is nothing too would be right. There the
+    text itself decides, but for case and the spaces around it.
+    """
+    return [
+        (answer, true)
+        if words_of(true)
+        else ("same" if answer.strip().lower() == true.strip().lower() else "other", "same")
+        for answer, true in pairs
+    ]

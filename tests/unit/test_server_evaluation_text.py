@@ -21,10 +21,19 @@ def test_a_perfect_answer_is_one_and_an_empty_one_is_zero() -> None:
         ["yes", "no", "maybe"],
         ["Fièvre élevée à traiter", "咳嗽"],
         ["Rest and drink a lot of warm tea."],
+        # An article and a sign are nothing to SQuAD's definition, and signs to ROUGE's.
+        ["A", "B", "C"],
+        ["+", "-"],
     ):
         count = len(texts)
         assert score_answers(texts, texts) == pytest.approx(TextMetrics(1, 1, 1, 1, count))
         assert score_answers([""] * count, texts) == TextMetrics(0, 0, 0, 0, count)
+
+
+def test_an_option_that_is_an_article_is_right_by_its_letter_alone() -> None:
+    found = score_answers(["a ", "The", "B", ""], ["A", "A", "A", "A"])
+    assert (found.exact_match, found.token_f1) == (0.25, 0.25)
+    assert score_answers([" +", "-", "++"], ["+", "+", "+"]).rouge_l == pytest.approx(1 / 3)
 
 
 def test_squads_definition_by_hand() -> None:
