@@ -20,6 +20,8 @@ _SLOW_TIMES, _SLOW_BY_S = 3.0, 1.0
 _MISSES, _MISSED_SHARE = 2, 0.25
 # Share of the update's energy that truncation left out, in the mean of so many last rounds.
 _MUCH_DISCARDED, _LAST_ROUNDS = 0.3, 3
+# A group of fewer test records may be worse by chance.
+_FEW_RECORDS = 20
 # So many sites are named; the rest are counted.
 _NAMED = 4
 _CUSTOMARY_EPSILON = 8.0
@@ -183,8 +185,9 @@ def _worse_for_a_group(run: RunRecord) -> Iterator[Sign]:
         if base is not None and one.loss is not None and one.loss > base:
             yield Sign(
                 "Worse for a group",
-                f"{one.group}: loss {one.loss:.3f}, and {base:.3f} with the untouched base.",
-                serious=True,
+                f"{one.group}: loss {one.loss:.3f}, and {base:.3f} with the untouched base, on "
+                f"{one.records} of the test records.",
+                serious=one.records >= _FEW_RECORDS,
             )
 
 

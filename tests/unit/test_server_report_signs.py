@@ -125,10 +125,16 @@ def test_an_attack_that_succeeds_is_serious(
     assert (sign.title, sign.serious) == (title, True)
 
 
-def test_a_group_that_fares_worse_than_with_the_base_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("records", "serious"), [(20, True), (19, False)])
+def test_a_group_that_fares_worse_than_with_the_base_is_named(
+    tmp_path: Path, records: int, serious: bool
+) -> None:
+    """And it is serious where that is hardly chance."""
     folder = write_run(tmp_path / "run")
     content = evaluation()
-    content["models"]["final"]["groups"][2]["loss"] = 5.0
+    content["models"]["final"]["groups"][2] |= {"loss": 5.0, "records": records}
     (folder / "evaluation.json").write_text(json.dumps(content))
     (sign,) = warning_signs(read_run(folder))
     assert sign.text.startswith(f"{SITES[2]}: loss 5.000")
+    assert sign.text.endswith(f"on {records} of the test records.")
+    assert sign.serious == serious
