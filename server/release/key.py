@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -21,6 +22,8 @@ PRIVATE_FILE, PUBLIC_FILE = "release.pem", "release.pub"
 _SET_ASIDE = "release-ed25519.pem"
 # Those that OpenSSF model signing takes.
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
+# A single changed byte can name a curve that the library does not know.
+_NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ def load_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
             f"no release key at {path} ({error.strerror}); make one with `consilium server release-key DIR`, "
             "or name it: --key FILE"
         ) from None
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path} is not an unencrypted PEM private key") from None
+    except _NO_KEY:
+        raise ConfigError(f"{path} is not an unencrypted PEM private key of a known kind") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         raise ConfigError(
             f"{path} is not an ECDSA P-384 key, which OpenSSF model signing needs (earlier versions wrote "
@@ -91,8 +94,10 @@ def public_pem(path: Path) -> bytes:
         return _public_pem(load_release_key(path))
     try:
         key = serialization.load_pem_public_key(content)
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path} is not a PEM public key; give a release.pub") from None
+    except _NO_KEY:
+        raise ConfigError(
+            f"{path} is not a PEM public key of a known kind; give a release.pub"
+        ) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
         raise ConfigError(
             f"{path} is not an ECDSA key, and releases are signed by one; give a release.pub"
@@ -115,6 +120,6 @@ def _is_earlier_kind(path: Path) -> bool:
 
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError):
+    except _NO_KEY:
         return False
     return isinstance(key, Ed25519PrivateKey)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from base64 import b64decode, b64encode
 from hashlib import sha256
 from pathlib import Path
 
@@ -84,3 +85,19 @@ def test_what_is_no_public_key_is_said_in_words(tmp_path: Path) -> None:
         public_pem(tmp_path / "text.pub")
     with pytest.raises(ConfigError, match=r"no release key at .*release-key DIR"):
         load_release_key(tmp_path / "none.pem")
+
+
+def test_a_key_on_an_unknown_curve_is_said_in_words(tmp_path: Path) -> None:
+    """One changed byte of a key can name another curve: 1.3.132.0.34 is P-384, 1.3.132.0.6 nobody's."""
+    made = make_release_key(tmp_path)
+    p384, unknown = bytes.fromhex("06052b81040022"), bytes.fromhex("06052b81040006")
+    for path in (made.private, made.public):
+        first, *middle, last = path.read_text().splitlines()
+        der = b64decode("".join(middle))
+        assert der.count(p384) == 1
+        coded = b64encode(der.replace(p384, unknown)).decode()
+        path.write_text(f"{first}\n{coded}\n{last}\n")
+    with pytest.raises(ConfigError, match="is not a PEM public key of a known kind"):
+        public_pem(made.public)
+    with pytest.raises(ConfigError, match="is not an unencrypted PEM private key of a known kind"):
+        make_release_key(tmp_path)
