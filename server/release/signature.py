@@ -27,6 +27,8 @@ from server.export.folder import file_sha256, files_below
 from server.release.key import load_release_key, public_pem
 
 SIGNATURE = "model.sig"
+# Of a model.sig, which has some 150 for each file: whoever sends one must not fill the memory with it.
+_MOST_BYTES = 1 << 26
 
 Change = Literal["changed", "added", "removed", "renamed", "not a plain file", "empty folder"]
 
@@ -63,7 +65,7 @@ def verify_folder(folder: Path, *, key: Path) -> Verified:
     """Compare a folder with what was signed.
 
     key: release.pub, which is not in the folder. Raises ReleaseError when model.sig is missing, altered or by
-    another key, ConfigError when `key` is none.
+    another key, or the folder cannot be read, ConfigError when `key` is none.
     """
     believed = public_pem(key)
     library = require_model_signing()
@@ -96,7 +98,13 @@ def verify_folder(folder: Path, *, key: Path) -> Verified:
                 ) from None
             content_fails = True
     # The signature holds, so the list is what the key's owner signed.
-    differences = tuple(_differences(folder, signed, contents=content_fails))
+    try:
+        differences = tuple(_differences(folder, signed, contents=content_fails))
+    except OSError as error:
+        raise ReleaseError(
+            f"{folder} cannot be read whole ({error}); let the user who checks it read all of it, or get the "
+            "release again"
+        ) from None
     if content_fails and not differences:
         raise ReleaseError(
             f"{folder} is not what was signed, or changed while it was read; look again"
@@ -165,8 +173,9 @@ def _check_form(path: Path) -> dict[str, str]:
     """
     try:
         # Reading a pipe would wait for ever.
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise ValueError("not a plain file")
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise ValueError("not a plain file, or too long")
         text = path.read_bytes().decode("utf-8")
         content = json.loads(text)
         envelope, material = content["dsseEnvelope"], content["verificationMaterial"]
@@ -174,7 +183,8 @@ def _check_form(path: Path) -> dict[str, str]:
         exact = [
             set(content) == {"mediaType", "verificationMaterial", "dsseEnvelope"},
             set(material) == {"publicKey", "tlogEntries"} and material["tlogEntries"] == [],
-            set(material["publicKey"]) == {"hint"},
+            # Without it the library only warns.
+            set(material["publicKey"]) == {"hint"} and bool(material["publicKey"]["hint"]),
             set(envelope) == {"payload", "payloadType", "signatures"},
             set(signature) == {"sig", "keyid"} and signature["keyid"] == "",
             _spelled(content) == text,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import errno
+import io
 import json
 import os
 import random
@@ -175,7 +177,7 @@ def test_every_byte_of_the_signature_counts(release: Path, key: ReleaseKey) -> N
                 assert _is_found(release, key), (position, value)
 
 
-@pytest.mark.parametrize("where", ["end", "space", "twice", "key id", "extra"])
+@pytest.mark.parametrize("where", ["end", "space", "twice", "key id", "extra", "no hint"])
 def test_another_spelling_of_the_signature_is_found(
     release: Path, key: ReleaseKey, where: str
 ) -> None:
@@ -183,6 +185,9 @@ def test_another_spelling_of_the_signature_is_found(
     content = json.loads(text)
     if where == "key id":
         content["dsseEnvelope"]["signatures"][0]["keyid"] = "me"
+    elif where == "no hint":
+        # The library takes that for the form of its earlier versions.
+        content["verificationMaterial"]["publicKey"]["hint"] = ""
     elif where == "extra":
         content["verificationMaterial"]["publicKey"]["rawBytes"] = ""
     spelled = {
@@ -236,6 +241,32 @@ def test_a_signature_that_is_no_plain_file_is_refused(
         lambda path: pytest.fail("reads it") if path.name == SIGNATURE else read(path),
     )
     with pytest.raises(ReleaseError, match="is not a signature in the form"):
+        verify_folder(release, key=key.public)
+
+
+def test_a_signature_that_would_fill_the_memory_is_not_read(release: Path, key: ReleaseKey) -> None:
+    """A sparse file of 1 TB."""
+    os.truncate(release / SIGNATURE, 1 << 40)
+    with pytest.raises(ReleaseError, match="is not a signature in the form"):
+        verify_folder(release, key=key.public)
+
+
+@pytest.mark.parametrize("name", ["config.json", "new"])
+def test_a_file_that_cannot_be_read_is_said_in_words(
+    release: Path, key: ReleaseKey, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Signed or not; root, who may run this, can read any file."""
+    (release / name).write_text("x")
+    opened = io.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(str(path)).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ReleaseError, match=f"cannot be read whole.*Permission denied.*{name}"):
         verify_folder(release, key=key.public)
 
 
