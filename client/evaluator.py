@@ -21,6 +21,7 @@ from client.gate import Gate
 from client.ledger import Ledger
 from client.site_config import SiteConfig
 from client.time_limit import within_hours
+from client.trained_splits import TrainedSplits
 from client.training import Workbench, open_adapter
 from client.turn import Caller, Turn
 from common.adapter import AdapterState
@@ -50,6 +51,7 @@ class Evaluator:
         turn: Turn,
         workbench: Workbench,
         evaluations: Evaluations,
+        splits: TrainedSplits,
     ) -> None:
         self._config = config
         self._gate = gate
@@ -58,6 +60,7 @@ class Evaluator:
         self._turn = turn
         self._workbench = workbench
         self._evaluations = evaluations
+        self._splits = splits
         self._store = ExampleStore(config)
 
     def count(
@@ -66,8 +69,8 @@ class Evaluator:
         """Return the sums that a task asks for, the same when the same task is asked again.
 
         incoming: the adapter that came with it. signer: the coordinator's key. ends_s: when its time is over
-        (time.monotonic). Raises PolicyError for a second evaluation of a run, one too many in all, or too few
-        records, and ConsiliumError as for training.
+        (time.monotonic). Raises PolicyError for a second evaluation of a run, one too many in all, records
+        that the run trained on, or too few, and ConsiliumError as for training.
         """
         plan = self._gate.consider(task, signer=signer)
         self._find(task)
@@ -97,6 +100,13 @@ class Evaluator:
             raise PolicyError(
                 f"run {task.run_uid} has trained nothing here: only models that this site helped to make are "
                 "measured on its records"
+            )
+        trained, counted = self._splits.of(task.run_uid), self._config.data.evaluation_split
+        # "" trains on the rows of every split. What the task says of it, the policy has looked at.
+        if trained & {counted, ""}:
+            raise PolicyError(
+                f"data.evaluation-split = {counted!r} is part of what run {task.run_uid} trained on here, "
+                "whatever its task says now; only records of another split are counted"
             )
         return self._evaluations.find(task)
 

@@ -20,6 +20,7 @@ from client.outbox import KEPT_ROUNDS, Outbox, Outcome
 from client.plan import TaskPlan
 from client.replies import FailedTaskError, in_words
 from client.site_config import SiteConfig
+from client.trained_splits import TrainedSplits
 from client.training import Workbench, open_adapter, untrained_part
 from client.turn import Caller, Turn
 from common.adapter import AdapterState
@@ -66,6 +67,7 @@ class OneOutput:
         outbox: Outbox,
         turn: Turn,
         workbench: Workbench,
+        splits: TrainedSplits,
     ) -> None:
         self._config = config
         self._gate = gate
@@ -74,6 +76,7 @@ class OneOutput:
         self._outbox = outbox
         self._turn = turn
         self._workbench = workbench
+        self._splits = splits
 
     def of(
         self, task: Task, incoming: Buffer, signer: str, *, ends_s: float, caller: Caller
@@ -105,6 +108,7 @@ class OneOutput:
             outcome = self._outbox.find(task.task_id)
             if outcome is None:
                 _check_not_answered(row)
+                self._splits.note(task.run_uid, plan.run.data.split)
                 self._record_training(task, plan)
                 outcome = self._train_once(task, plan, adapter or open_incoming(), on_step=on_step)
             # And again: meanwhile the hospital may have declined, left the coordinator or stopped the task.

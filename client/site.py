@@ -5,7 +5,7 @@ agent and in a simulation, where a site is a folder laid out exactly like a hosp
 
     site.toml  keys/signing.pem  (and the data, where site.toml says)
     state/  ledger.sqlite  audit.jsonl  seen.json  speed.json  outbox/  approvals/
-           manifests/  run-owners/  evaluations/  turn.lock  waiting/
+           manifests/  run-owners/  evaluations/  trained-splits/  turn.lock  waiting/
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from client.replies import Replies
 from client.sent import Manifest, Manifests, manifest_of
 from client.settlement import Lag
 from client.site_config import SiteConfig, load_site_config
+from client.trained_splits import TrainedSplits
 from client.training import Workbench
 from client.turn import PATIENT, Caller, Turn
 from common.adapter import max_safetensors_bytes
@@ -104,6 +105,7 @@ class Site:
             approvals=self.approvals,
             speeds=speeds,
         )
+        splits = TrainedSplits(state / "trained-splits")
         self._evaluator = Evaluator(
             config,
             gate=self._gate,
@@ -112,6 +114,7 @@ class Site:
             turn=self._turn,
             workbench=self._workbench,
             evaluations=Evaluations(state / "evaluations", most=config.policy.max_evaluations),
+            splits=splits,
         )
         self._one_output = OneOutput(
             config,
@@ -121,6 +124,7 @@ class Site:
             outbox=Outbox(state / "outbox"),
             turn=self._turn,
             workbench=self._workbench,
+            splits=splits,
         )
 
     @classmethod

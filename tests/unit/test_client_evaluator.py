@@ -246,6 +246,31 @@ def test_a_run_that_trained_on_every_split_is_not_evaluated(
     assert "what this run trained on" in caplog.text
 
 
+@pytest.mark.parametrize("trained", ["test", ""])
+def test_what_a_run_trained_on_is_not_what_its_last_task_says(
+    tmp_path: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, trained: str
+) -> None:
+    """Trained on the test records, and then called a run of the others."""
+    hospital = _hospital(tmp_path, tiny_model_dir)
+    settings = {"data.split": trained}
+    assert _answer(hospital, hospital.task(1, settings=settings)).error_code == ""
+    assert _answer(hospital, hospital.task(2)).error_code == ""
+    reply = _answer(hospital, hospital.task(3, kind="evaluate"))
+    assert (reply.error_code, dict(reply.numbers)) == ("policy", {})
+    assert "what run run-1 trained on here, whatever its task says now" in caplog.text
+    assert "evaluating" not in _events(hospital)
+
+
+def test_a_damaged_note_of_what_was_trained_on_gives_no_evaluation(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    hospital = _trained(_hospital(tmp_path, tiny_model_dir))
+    note = hospital.folder / "state" / "trained-splits" / "run-1"
+    assert json.loads(note.read_bytes()) == ["train"]
+    note.write_text("[1]")
+    assert _answer(hospital, hospital.task(3, kind="evaluate")).error_code == "config"
+
+
 def test_a_site_must_name_the_split_that_is_counted(tmp_path: Path, tiny_model_dir: Path) -> None:
     # "" would take the split that the task names.
     hospital = _hospital(tmp_path, tiny_model_dir, data={"evaluation-split": ""})
