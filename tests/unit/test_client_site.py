@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 import client.examples
 import client.site
-import client.training
+import client.time_limit
 from client.ledger import Ledger
 from client.site import Site
 from common.adapter import AdapterShape, digest_tensors, from_safetensors
@@ -519,7 +519,7 @@ def test_the_hours_that_the_policy_allows_are_hours(
     site, task = hospital.open(), hospital.task()
     # Begun, and after each of two steps.
     clock = iter([0.0, 3600.0, seconds])
-    monkeypatch.setattr(client.training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(client.time_limit, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
     answer = site.answer(hospital.seal(task))
 
