@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -49,17 +50,18 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
             check_place(target, within=within, force=force)
             _flush(made)
             replaced = temporary / _REPLACED
-            if target.exists():
-                os.rename(target, replaced)
             try:
+                if target.exists():
+                    os.rename(target, replaced)
                 os.rename(made, target)
             except BaseException:
-                if replaced.exists():
+                # Ctrl-C may come after either.
+                if replaced.exists() and not target.exists():
                     os.rename(replaced, target)
                 raise
             fsync_folder(target.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary, target)
 
 
 def _tidy(target: Path) -> bool:
@@ -70,15 +72,33 @@ def _tidy(target: Path) -> bool:
     found = False
     for left in target.parent.glob(f".{glob.escape(target.name)}-*"):
         lock = left / _LOCK
-        if left.is_symlink() or not lock.is_file() or lock_holder(lock) is not None:
+        if not _is_ours(left, target) or lock_holder(lock) is not None:
             continue
         found = True
         replaced = left / _REPLACED
         if replaced.is_dir() and not target.exists():
             # It was killed in the moment between the two renames.
             os.rename(replaced, target)
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left, target)
     return found
+
+
+def _is_ours(left: Path, target: Path) -> bool:
+    """Whether an export to `target` made this hidden folder: not one to a longer name, nor a person."""
+    drawn = left.name.removeprefix(f".{target.name}-")
+    return (
+        re.fullmatch("[a-z0-9_]{8}", drawn) is not None
+        and not left.is_symlink()
+        and (left / _LOCK).is_file()
+        and {path.name for path in left.iterdir()} <= {_LOCK, _REPLACED, target.name}
+    )
+
+
+def _remove(temporary: Path, target: Path) -> None:
+    """Remove a hidden folder, its lock last: whoever is killed meanwhile leaves what can be told for ours."""
+    for name in (_REPLACED, target.name):
+        shutil.rmtree(temporary / name, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_place(target: Path, *, within: Path | None, force: bool) -> None:

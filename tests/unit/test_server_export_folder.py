@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,78 @@ def test_what_a_kill_left_is_gone_with_the_next_export_and_what_it_took_is_back(
     assert {path.name for path in out.iterdir()} == {*then, MARKER}
     _place(out, force=True)
     assert files_below(tmp_path) == {"out/a", f"out/{MARKER}"}
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_is_killed_while_it_tidies_is_gone_with_the_next_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The lock is what tells such a folder for ours: without it, gigabytes would stay for ever."""
+    out = tmp_path / "out"
+    _place(out)
+    subprocess.run([sys.executable, "-c", _KILLED, str(out), "0"], check=False)
+    [left] = [path for path in tmp_path.iterdir() if path != out]
+    (left / "replaced").mkdir()
+    done, unlink, rmdir = 0, os.unlink, os.rmdir
+
+    def counted(remove: Any) -> Any:
+        def removing(*arguments: Any, **options: Any) -> None:
+            nonlocal done
+            done += 1
+            if done > at:
+                raise KeyboardInterrupt
+            remove(*arguments, **options)
+
+        return removing
+
+    monkeypatch.setattr(os, "unlink", counted(unlink))
+    monkeypatch.setattr(os, "rmdir", counted(rmdir))
+    with pytest.raises(KeyboardInterrupt):
+        _place(out, force=True)
+    monkeypatch.undo()
+    _place(out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_an_export_to_a_longer_name_left_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """`.out-2-abcdefgh` is of out-2, which was killed between its renames: its earlier export is in there."""
+    _place(tmp_path / "out-2")
+    subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "out-2"), "1"], check=False)
+    assert not (tmp_path / "out-2").exists()
+    _place(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="holds an export already"):
+        _place(tmp_path / "out-2")
+    assert files_below(tmp_path) == {f"{n}/{f}" for n in ("out", "out-2") for f in ("a", MARKER)}
+
+
+@pytest.mark.parametrize("name", [".out-notes", ".out-abcdefgh"])
+def test_a_hidden_folder_of_somebody_elses_stays(tmp_path: Path, name: str) -> None:
+    for file in ("lock", "diary"):
+        (tmp_path / name / file).parent.mkdir(exist_ok=True)
+        (tmp_path / name / file).touch()
+    _place(tmp_path / "out")
+    assert (tmp_path / name / "diary").exists()
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_who_is_interrupted_at_the_renames_loses_no_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Ctrl-C the moment one of them is done."""
+    _place(tmp_path / "out")
+    rename, done = os.rename, 0
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal done
+        rename(source, target)
+        done += 1
+        if done == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _place(tmp_path / "out", force=True, name="b")
+    assert files_below(tmp_path) == {f"out/{'ab'[after - 1]}", f"out/{MARKER}"}
 
 
 def test_an_export_that_goes_is_not_tidied_away(tmp_path: Path) -> None:
