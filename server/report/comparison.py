@@ -22,7 +22,7 @@ from server.report.drawing import (
     whole_rounds,
 )
 from server.report.markup import render
-from server.report.reading import read_run
+from server.report.reading import damage_in_words, read_run
 from server.report.record import RunRecord, Scores
 from server.report.signs import warning_signs
 from server.report.tables import TextTable, duration, number, size
@@ -32,13 +32,21 @@ MOST_RUNS = len(SERIES) * len(DASHES)
 
 
 def comparison_page(run_dirs: Sequence[Path]) -> str:
-    """Return one page about several runs. Raises ConfigError for more than MOST_RUNS, or no run."""
+    """Return one page about several runs. Raises ConfigError for more than MOST_RUNS, or no run.
+
+    Raises DataError as `read_run` and `run_page`.
+    """
     if len(run_dirs) > MOST_RUNS:
         raise ConfigError(
             f"{len(run_dirs)} runs are more than the {MOST_RUNS} whose lines can be told apart; compare fewer"
         )
     runs = [read_run(path) for path in run_dirs]
     names = distinct_names(run_dirs)
+    with damage_in_words(" or ".join(names)):
+        return _page(runs, names)
+
+
+def _page(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     pictures = [
         _curves(
             runs,

@@ -26,13 +26,15 @@ def render(template: str, *, version: str = "", **content: object) -> str:
         lstrip_blocks=True,
     )
     style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
-    return environment.get_template(template).render(
+    page = environment.get_template(template).render(
         style=Markup(style),
         script=Markup(live_script()) if version else "",
         version=version,
         csp=policy(live=bool(version)),
         **content,
     )
+    # Half of a cut emoji, as JSON may hold it, is no text: "?" stands for it.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def live_script() -> str:

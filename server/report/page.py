@@ -15,7 +15,7 @@ from server.report.headline import cards, outcome
 from server.report.markup import render
 from server.report.privacy_pictures import privacy_pictures
 from server.report.quality_pictures import quality_pictures
-from server.report.reading import read_run
+from server.report.reading import damage_in_words, read_run
 from server.report.record import RunRecord
 from server.report.result_tables import (
     attack_tables,
@@ -52,19 +52,23 @@ def write_report(run_dir: Path) -> Path:
 
 
 def run_page(run: RunRecord, *, version: str = "") -> str:
-    """Return a run's report. version: of a page that is served, see `render`."""
-    return render(
-        "run.html.j2",
-        title=run.name,
-        version=version,
-        run=run,
-        outcome=outcome(run),
-        cards=cards(run),
-        signs=warning_signs(run),
-        sections=[section for section in _sections(run) if _has_content(section)],
-        questions=run.evaluation.questions if run.evaluation else (),
-        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
+    """Return a run's report. version: of a page that is served, see `render`.
+
+    Raises DataError for numbers that no run writes and nobody can draw.
+    """
+    with damage_in_words(run.name):
+        return render(
+            "run.html.j2",
+            title=run.name,
+            version=version,
+            run=run,
+            outcome=outcome(run),
+            cards=cards(run),
+            signs=warning_signs(run),
+            sections=[section for section in _sections(run) if _has_content(section)],
+            questions=run.evaluation.questions if run.evaluation else (),
+            made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
 
 
 def _sections(run: RunRecord) -> Sequence[Section]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,22 @@ def read_run(run_dir: Path) -> RunRecord:
     """Return what a run's folder tells. Raises ConfigError where it holds none, DataError for damage."""
     if not (run_dir / "run.toml").is_file():
         raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
-    try:
+    with damage_in_words(str(run_dir)):
         return _read(run_dir)
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+
+
+@contextmanager
+def damage_in_words(run_dir: str) -> Iterator[None]:
+    """Raise DataError for what damaged files make of whoever reads them, or draws what they say."""
+    try:
+        yield
+    except (
+        ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise DataError(
-            f"run.toml, history.jsonl or summary.json in {run_dir} is not of the form that a run writes "
-            f"({type(error).__name__}); restore it from a backup"
-        ) from None
+            f"run.toml, history.jsonl, summary.json or what measured the result, in {run_dir}, is not of the "
+            f"form that a run writes ({type(error).__name__}); restore it from a backup"
+        ) from error
 
 
 def _read(run_dir: Path) -> RunRecord:
@@ -104,7 +113,7 @@ def _settings(path: Path) -> dict[str, Scalar]:
 def _summary(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -198,7 +198,7 @@ def _read(path: Path, kind: type[_Read], *, made_by: str) -> _Read | None:
         raise DataError(
             f"{path} is malformed at {where}; take it away, or make it anew with {made_by}"
         ) from None
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         raise DataError(
             f"{path} cannot be read as JSON; take it away, or make it anew with {made_by}"
         ) from None

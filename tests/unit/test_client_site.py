@@ -19,6 +19,7 @@ from safetensors.numpy import load, save
 import client.examples
 import client.site
 import client.time_limit
+import client.training
 from client.ledger import Ledger
 from client.site import Site
 from common.adapter import AdapterShape, digest_tensors, from_safetensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from common.config import Scalar
 from common.errors import ConfigError, DataError
 from common.locks import hold_lock
 from server.history import History
+from server.report.comparison import comparison_page
+from server.report.page import run_page
 from server.report.places import place_name, without_places
 from server.report.reading import read_run
 from server.run_folder import run_lock
@@ -161,3 +164,46 @@ def test_a_file_of_another_form_is_told_in_words(tmp_path: Path, name: str, cont
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run; give the folder that --out named"):
         read_run(tmp_path)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("wall_s", HUGE), ("bytes_up", HUGE), ("memory_bytes", math.inf), ("learning_rate", math.nan)],
+    ids=["time", "bytes", "memory", "learning-rate"],
+)
+def test_numbers_that_no_run_writes_are_said_in_words(
+    tmp_path: Path, place: str, value: float
+) -> None:
+    """Read or drawn, of one run or of two."""
+    folder = write_run(tmp_path / "run", rounds=2)
+    summary = json.loads((folder / "summary.json").read_text())
+    (summary if place == "wall_s" else summary["rounds"][0])[place] = value
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(DataError, match="is not of the form that a run writes"):
+        run_page(read_run(folder))
+    if place == "wall_s":
+        with pytest.raises(DataError, match="is not of the form that a run writes"):
+            comparison_page([write_run(tmp_path / "other"), folder])
+
+
+@pytest.mark.parametrize("name", ["history.jsonl", "summary.json", "evaluation.json"])
+def test_brackets_without_end_are_damage_like_any_other(tmp_path: Path, name: str) -> None:
+    folder = write_results(write_run(tmp_path / "run", rounds=2))
+    with (folder / name).open("w" if name == "evaluation.json" else "a") as file:
+        file.write("[" * 100_000 + "\n")
+    if name == "evaluation.json":
+        with pytest.raises(DataError, match="cannot be read as JSON"):
+            read_run(folder)
+    else:
+        assert len(read_run(folder).rounds) == 2
+
+
+def test_half_of_an_emoji_in_a_question_spoils_no_page(tmp_path: Path) -> None:
+    folder = write_results(write_run(tmp_path / "run", rounds=2))
+    content = json.loads((folder / "evaluation.json").read_text())
+    content["questions"][0]["question"] = "Is it fever \ud83d"
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    assert b"Is it fever ?" in run_page(read_run(folder)).encode()
