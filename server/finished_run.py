@@ -79,15 +79,22 @@ def load_finished_run(path: Path) -> FinishedRun:
         raise ConfigError(f"{path} holds no run; give the folder that the run wrote, with run.toml")
     saved = flatten(read_toml(run_file))
     folder, config = RunFolder(path, str(saved.get("run.uid", ""))), RunConfig.parse(saved)
-    events = read_events(folder.history)
-    state = run_state(events, held=lock_holder(run_lock(path)) is not None)
+    held = lock_holder(run_lock(path)) is not None
+    try:
+        events = read_events(folder.history)
+        state = run_state(events, held=held)
+        begun = [str(event["base"]) for event in events if event["event"] == "run-started"]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder.history} is damaged ({type(error).__name__}), and says what became of the run; restore "
+            "it from a backup"
+        ) from None
     if state.kind != "finished":
         raise CheckpointError(
             f"the run in {path} has not finished ({state.kind}, round {state.rounds_done} of "
             f"{state.rounds or '?'}); let it go on with --resume and come back when it is done"
         )
     summary = _read_summary(folder.summary)
-    begun = [event for event in events if event["event"] == "run-started"]
     if not begun:
         raise CheckpointError(f"{folder.history} does not say what the run began with; restore it")
     adapter = read_exported_adapter(folder.adapter)
@@ -96,7 +103,7 @@ def load_finished_run(path: Path) -> FinishedRun:
         folder=folder,
         config=config,
         summary=summary,
-        base_digest=str(begun[-1]["base"]),
+        base_digest=begun[-1],
         adapter=adapter,
         adapter_digest=_check_adapter(adapter, folder, config, int(summary["exported_round"])),
         launch=_find_launch(folder),
@@ -149,7 +156,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         int(summary["exported_round"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise CheckpointError(
             f"{path} is missing or damaged, and says what the run came to; restore it, or run again"
         ) from None

@@ -51,7 +51,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         content = None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged; write it again, or move it away")

@@ -162,3 +162,22 @@ def test_the_bases_name_tells_no_place(
     config = finished_config(model__name=name)
     write_finished_run(tmp_path / "run", tiny_model_dir, config)
     assert load_finished_run(tmp_path / "run").base_name == plain
+
+
+@pytest.mark.parametrize(
+    "line", [b"5", b"{}", b'{"event": "round"}', b'{"event": "run-started"}', b"\xff"]
+)
+def test_a_damaged_history_is_said_in_words(finished: RunFolder, line: bytes) -> None:
+    with finished.history.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(CheckpointError, match=r"history\.jsonl is damaged \(\w+\)"):
+        load_finished_run(finished.path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"exported_round": Infinity}', "[" * 100_000], ids=["inf", "deep"]
+)
+def test_a_summary_that_no_run_writes_is_said_in_words(finished: RunFolder, text: str) -> None:
+    finished.summary.write_text(text)
+    with pytest.raises(CheckpointError, match=r"summary\.json is missing or damaged"):
+        load_finished_run(finished.path)
