@@ -53,13 +53,24 @@ def _end_cut_line(path: Path) -> None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events in a history file, [] when there is none."""
+    """Return the events in a history file, [] when there is none; what is no event is left out."""
     if not path.exists():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except (ValueError, RecursionError):
             continue
+        # A damaged line must not take a coordinator's other runs down with this one.
+        if _is_event(event):
+            events.append(event)
     return events
+
+
+def _is_event(line: Any) -> bool:
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("event"), str)
+        and isinstance(line.get("time"), int | float)
+    )

@@ -5,6 +5,7 @@ export.json in it is the mark of our own work: with --force nothing else is ever
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckpointError, ConfigError
-from common.files import fsync_folder, write_atomically
+from safetensors import SafetensorError
+
+from common.errors import CheckpointError, ConfigError, DiskError
+from common.files import fsync_folder, is_disk_full, write_atomically
 from common.locks import hold_lock, lock_holder
 
 MARKER = "export.json"
@@ -33,7 +36,7 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     """Lend an empty folder that takes the place of `target` when the block ends well, and is gone else.
 
     within: the run's folder, where the user named no place of their own; no link leads out of it.
-    Raises as `check_place`.
+    Raises as `check_place`, and DiskError when the disk is full.
     """
     check_place(target, within=within, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +63,23 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
                     os.rename(replaced, target)
                 raise
             fsync_folder(target.parent)
+    except Exception as error:
+        if not _says_disk_full(error):
+            raise
+        raise DiskError(
+            f"the disk of {target.parent} is full ({error}); free some space, or choose another --out"
+        ) from error
     finally:
         _remove(temporary, target)
+
+
+def _says_disk_full(error: Exception) -> bool:
+    """Also in the words of the library that writes models, whose error has no number of its own."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return is_disk_full(error) or (
+        isinstance(error, SafetensorError)
+        and any(f"(os error {number})" in str(error) for number in numbers)
+    )
 
 
 def _tidy(target: Path) -> bool:

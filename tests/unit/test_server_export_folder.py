@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, DiskError
 from server.export.folder import MARKER, check_place, files_below, placing, write_marker
 
 
@@ -172,6 +174,24 @@ def test_an_export_that_goes_is_not_tidied_away(tmp_path: Path) -> None:
         (folder / "b").write_text("model")
         write_marker(folder, {"run": "r"}, later=frozenset())
     assert files_below(tmp_path) == {"out/b", f"out/{MARKER}"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # As safetensors says it.
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_said_with_the_remedy_and_leaves_nothing(
+    tmp_path: Path, error: Exception
+) -> None:
+    place = placing(tmp_path / "out", within=None, force=False)
+    (place.__enter__() / "half").write_text("of a model")
+    with pytest.raises(DiskError, match=r"is full \(.*No space left.*--out"):
+        place.__exit__(type(error), error, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_fails_leaves_the_earlier_export(tmp_path: Path) -> None:

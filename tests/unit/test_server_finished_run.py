@@ -164,12 +164,10 @@ def test_the_bases_name_tells_no_place(
     assert load_finished_run(tmp_path / "run").base_name == plain
 
 
-@pytest.mark.parametrize(
-    "line", [b"5", b"{}", b'{"event": "round"}', b'{"event": "run-started"}', b"\xff"]
-)
-def test_a_damaged_history_is_said_in_words(finished: RunFolder, line: bytes) -> None:
+@pytest.mark.parametrize("event", [b"round", b"run-started"])
+def test_a_damaged_history_is_said_in_words(finished: RunFolder, event: bytes) -> None:
     with finished.history.open("ab") as file:
-        file.write(line + b"\n")
+        file.write(b'{"event": "%b", "time": 1.0}\n' % event)
     with pytest.raises(CheckpointError, match=r"history\.jsonl is damaged \(\w+\)"):
         load_finished_run(finished.path)
 

@@ -52,6 +52,18 @@ def test_a_line_cut_by_a_crash_costs_neither_the_events_before_nor_after(tmp_pat
     assert _kinds(path) == ["run-started", "resumed", "round"]
 
 
+@pytest.mark.parametrize(
+    "line", ["5", "[]", "null", '{"event": 5, "time": 1}', '{"event": "round"}', '{"time": 1.0}']
+)
+def test_a_line_that_is_no_event_costs_no_other(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "history.jsonl"
+    History(path).record("run-started")
+    with path.open("ab") as file:
+        file.write(f"{line}\n".encode() + b"\xff\n")
+    History(path).record("resumed")
+    assert _kinds(path) == ["run-started", "resumed"]
+
+
 def test_a_round_is_on_disk_before_the_listener_hears_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,9 +146,7 @@ def test_what_is_damaged_is_named_with_the_remedy(
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("history.jsonl", b"null\n"),
         ("history.jsonl", b'{"event": "round", "time": 1}\n'),
-        ("history.jsonl", b"\xff\xfe\n"),
         ("summary.json", b'{"rounds": [{"sites": []}]}'),
         ("summary.json", b'{"central": [1]}'),
         ("run.toml", b'[train]\nrounds = "many"\n'),
@@ -159,6 +157,14 @@ def test_a_file_of_another_form_is_told_in_words(tmp_path: Path, name: str, cont
     (folder / name).write_bytes(content)
     with pytest.raises(DataError, match="is not of the form that a run writes"):
         read_run(folder)
+
+
+def test_a_line_that_is_no_event_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    before = read_run(folder)
+    with (folder / "history.jsonl").open("ab") as file:
+        file.write(b"null\n\xff\xfe\n")
+    assert read_run(folder) == before
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
