@@ -20,7 +20,7 @@ from common.model_folder import check_digest, check_model_folder
 from server.checkpoint import load_round
 from server.history import Event, read_events
 from server.launch import Launch, read_launch
-from server.run_folder import RunFolder, run_lock
+from server.run_folder import RunFolder, holds_run, run_lock
 from server.run_state import run_state
 
 _A_ENDING = ".lora_A.weight"
@@ -74,10 +74,9 @@ def load_finished_run(path: Path) -> FinishedRun:
     Raises ConfigError when it holds no run, CheckpointError when the run has not finished or its adapter is
     not the one that was saved.
     """
-    run_file = path / "run.toml"
-    if not run_file.is_file():
+    if not holds_run(path):
         raise ConfigError(f"{path} holds no run; give the folder that the run wrote, with run.toml")
-    saved = flatten(read_toml(run_file))
+    saved = flatten(read_toml(path / "run.toml"))
     folder, config = RunFolder(path, str(saved.get("run.uid", ""))), RunConfig.parse(saved)
     held = lock_holder(run_lock(path)) is not None
     try:

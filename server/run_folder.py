@@ -18,7 +18,7 @@ from typing import Any
 import tomli_w
 
 from common.config import RunConfig, flatten, read_toml
-from common.errors import CheckpointError
+from common.errors import CheckpointError, ConfigError
 from common.files import write_atomically
 from common.locks import LockHeldError, hold_lock
 from server.exclusions import EXCLUSIONS_FILE
@@ -36,6 +36,8 @@ _OWN = (
     "export",
     EXCLUSIONS_FILE,
 )
+# What tells a run from settings alone.
+_TRACES = ("history.jsonl", "summary.json", "checkpoints")
 _LOCK_FILE = ".lock"
 # May differ between a run and its resumption.
 # All that a site is sent stays: a changed task would be a new one, trained and charged again.
@@ -106,6 +108,23 @@ def run_lock(path: Path) -> Path:
     return path / _LOCK_FILE
 
 
+def holds_run(path: Path) -> bool:
+    """Return whether a run has begun in a folder.
+
+    A run writes its uid into run.toml; the run.toml of a scenario or a comparison has none. One that
+    cannot be read may be a run's.
+    """
+    run_file = path / "run.toml"
+    if not run_file.is_file():
+        return False
+    if any((path / name).exists() for name in _TRACES):
+        return True
+    try:
+        return bool(flatten(read_toml(run_file)).get("run.uid"))
+    except ConfigError:
+        return True
+
+
 def open_run_folder(
     path: Path, config: RunConfig, *, resume: bool = False, force: bool = False
 ) -> RunFolder:
@@ -113,7 +132,8 @@ def open_run_folder(
 
     force: throw an earlier run in it away (its own files only).
     Raises CheckpointError when it holds a run and neither is given, when there is nothing to resume,
-    or when the settings to resume with are not those that the run began with.
+    when the settings to resume with are not those that the run began with, when it holds a run.toml
+    that no run wrote, or when it cannot be made.
     """
     run_file = path / "run.toml"
     if resume:
@@ -133,6 +153,11 @@ def open_run_folder(
                 "resume with the same ones, or start a new run in another folder"
             )
         return RunFolder(path, run_uid)
+    if run_file.exists() and not holds_run(path):
+        raise CheckpointError(
+            f"{path} holds a run.toml that no run wrote, and a run there would replace it; choose another "
+            "folder"
+        )
     if any((path / name).exists() for name in _OWN):
         if not force:
             raise CheckpointError(
@@ -150,7 +175,12 @@ def open_run_folder(
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be made a folder ({error.strerror}); choose another one"
+        ) from None
     run_uid = config.run.uid or uuid.uuid4().hex
     write_atomically(run_file, run_toml({**config.flat(), "run.uid": run_uid}).encode())
     return RunFolder(path, run_uid)

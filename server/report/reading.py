@@ -16,7 +16,7 @@ from server.history import Event, read_events
 from server.report.places import place_name, without_places
 from server.report.record import Presence, RoundRecord, RunRecord, Scores, SitePrivacy
 from server.report.results import Attack, Evaluation, read_attack, read_evaluation
-from server.run_folder import RunFolder, run_lock
+from server.run_folder import RunFolder, holds_run, run_lock
 from server.run_state import run_state
 
 # Refusals that mean: nothing came in time. All others are of something that came.
@@ -25,7 +25,7 @@ _NOTHING_CAME = frozenset({"silent", "expired", "lost", "unanswered"})
 
 def read_run(run_dir: Path) -> RunRecord:
     """Return what a run's folder tells. Raises ConfigError where it holds none, DataError for damage."""
-    if not (run_dir / "run.toml").is_file():
+    if not holds_run(run_dir):
         raise ConfigError(f"{run_dir} holds no run; give the folder that --out named")
     with damage_in_words(str(run_dir)):
         return _read(run_dir)

@@ -11,7 +11,7 @@ import pytest
 
 from common.config import RunConfig, load_run_config
 from common.errors import CheckpointError
-from server.run_folder import open_run_folder, run_toml
+from server.run_folder import holds_run, open_run_folder, run_toml
 
 CONFIG = RunConfig.parse({"train.rounds": 3, "lora.rank": 4, "model.name": 'a "quoted" name'})
 
@@ -69,6 +69,33 @@ def test_a_folder_that_holds_any_part_of_a_run_is_refused(tmp_path: Path, left: 
     with pytest.raises(CheckpointError, match="already holds a run; continue it with --resume"):
         open_run_folder(tmp_path, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_scenarios_own_settings_are_not_replaced_by_a_run(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "run.toml").write_text(run_toml(CONFIG.replace({"run.uid": ""}).flat()))
+    before = (tmp_path / "run.toml").read_text()
+    assert not holds_run(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="a run.toml that no run wrote.* choose another folder"
+    ):
+        open_run_folder(tmp_path, CONFIG, force=force)
+    assert (tmp_path / "run.toml").read_text() == before
+
+
+def test_a_run_that_has_just_begun_is_one(tmp_path: Path) -> None:
+    assert not holds_run(tmp_path)
+    open_run_folder(tmp_path, CONFIG)
+    assert holds_run(tmp_path)
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path, below: str) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(
+        CheckpointError, match="notes.* cannot be made a folder .*; choose another one"
+    ):
+        open_run_folder(tmp_path / "notes" / below, CONFIG)
 
 
 def test_force_does_not_throw_a_release_away(tmp_path: Path) -> None:
