@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from common.cli import console
-from common.errors import ReleaseError
+from common.errors import ConfigError, ReleaseError
 from server.release.key import PRIVATE_FILE, make_release_key
 
 if TYPE_CHECKING:
@@ -143,10 +143,16 @@ def release_key(
     ],
 ) -> None:
     """Make the key that releases are signed by, ECDSA P-384; an earlier Ed25519 one is set aside."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made a folder ({error.strerror}); choose another one"
+        ) from None
     key = make_release_key(folder)
+    wrote = f"Wrote {key.private}" if key.is_new else f"Kept {key.private} as it was"
     console.print(
-        f"Wrote {key.private}, which stays here, and {key.public}, which whoever checks a release needs.\n"
+        f"{wrote}, which stays here, and wrote {key.public}, which whoever checks a release needs.\n"
         f"SHA-256 of {key.public.name}, to compare by another way: {key.fingerprint}",
         soft_wrap=True,
         markup=False,

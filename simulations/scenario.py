@@ -75,6 +75,7 @@ def write_synthetic_scenario(
         )
         for name, records in hospitals.sites.items()
     }
+    _make_folder(folder)
     for (name, rows), rank in zip(sites.items(), _by_turns(ranks), strict=False):
         home = folder / "sites" / name
         home.mkdir(parents=True)
@@ -114,6 +115,7 @@ def write_own_scenario(
         )
         for name, indices in _cut(rest, data).items()
     }
+    _make_folder(folder)
     for (name, part), rank in zip(sites.items(), _by_turns(ranks), strict=False):
         home = folder / "sites" / name
         home.mkdir(parents=True)
@@ -240,3 +242,13 @@ def _refuse_existing(folder: Path) -> None:
     taken = [name for name in ("run.toml", "sites", "central.jsonl") if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder} already holds {', '.join(taken)}; choose another folder")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the scenario's folder, once there is something to write. Raises ConfigError when it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made a folder ({error.strerror}); choose another one"
+        ) from None

@@ -28,11 +28,15 @@ _NO_KEY = (ValueError, TypeError, UnsupportedAlgorithm)
 
 @dataclass(frozen=True, slots=True)
 class ReleaseKey:
-    """A release key's files. fingerprint: SHA-256 of release.pub, as `sha256sum` and model.sig have it."""
+    """A release key's files. fingerprint: SHA-256 of release.pub, as `sha256sum` and model.sig have it.
+
+    is_new: whether the private key was made now, and not kept.
+    """
 
     private: Path
     public: Path
     fingerprint: str
+    is_new: bool
 
 
 def make_release_key(folder: Path) -> ReleaseKey:
@@ -42,7 +46,8 @@ def make_release_key(folder: Path) -> ReleaseKey:
     already, release.pub alone is written. Raises ConfigError when release.pem is none of these.
     """
     private = folder / PRIVATE_FILE
-    if private.exists() and not _is_earlier_kind(private):
+    is_new = not private.exists() or _is_earlier_kind(private)
+    if not is_new:
         load_release_key(private)
     else:
         if private.exists():
@@ -57,7 +62,7 @@ def make_release_key(folder: Path) -> ReleaseKey:
         write_atomically(private, pem, mode=0o600)
     public = _public_pem(load_release_key(private))
     write_atomically(folder / PUBLIC_FILE, public)
-    return ReleaseKey(private, folder / PUBLIC_FILE, sha256(public).hexdigest())
+    return ReleaseKey(private, folder / PUBLIC_FILE, sha256(public).hexdigest(), is_new)
 
 
 def load_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -70,7 +75,10 @@ def load_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
             "or name it: --key FILE"
         ) from None
     except _NO_KEY:
-        raise ConfigError(f"{path} is not an unencrypted PEM private key of a known kind") from None
+        raise ConfigError(
+            f"{path} is not an unencrypted PEM private key of a known kind; give the release.pem that "
+            "`consilium server release-key DIR` wrote"
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         raise ConfigError(
             f"{path} is not an ECDSA P-384 key, which OpenSSF model signing needs (earlier versions wrote "

@@ -66,3 +66,13 @@ def test_export_follows_no_link_out_of_the_run(run_dir: Path, tmp_path: Path) ->
         server("export", run_dir)
     assert list((tmp_path / "elsewhere").iterdir()) == []
     server("export", run_dir, "--out", tmp_path / "elsewhere" / "named")
+
+
+def test_release_key_says_whether_it_made_or_kept_the_key(tmp_path: Path) -> None:
+    assert f"Wrote {tmp_path / 'k' / 'release.pem'}" in server("release-key", tmp_path / "k")
+    assert f"Kept {tmp_path / 'k' / 'release.pem'} as it was" in server(
+        "release-key", tmp_path / "k"
+    )
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="notes cannot be made a folder .*; choose another one"):
+        server("release-key", tmp_path / "notes")

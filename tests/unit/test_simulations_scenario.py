@@ -218,6 +218,19 @@ def test_scenario_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "scenario" / "central.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_scenario_in_the_place_of_a_file_is_refused_in_words(tmp_path: Path, below: str) -> None:
+    (tmp_path / "scenario").write_text("mine")
+    _write_data(tmp_path / "own.jsonl")
+    spec = SyntheticSpec(num_sites=1, patients_per_site=2, test_records=4)
+    with pytest.raises(ConfigError, match="scenario.* cannot be made a folder .*; choose another"):
+        write_synthetic_scenario(tmp_path / "scenario" / below, spec, RunConfig())
+    with pytest.raises(ConfigError, match="scenario.* cannot be made a folder .*; choose another"):
+        write_own_scenario(
+            tmp_path / "scenario" / below, OwnData(tmp_path / "own.jsonl"), RunConfig()
+        )
+
+
 def test_sites_of_a_scenario_hold_ranks_by_turns(tmp_path: Path) -> None:
     spec = SyntheticSpec(num_sites=3, patients_per_site=4, test_records=8)
     write_synthetic_scenario(tmp_path / "mixed", spec, RunConfig(), ranks=(2, 8))
