@@ -104,7 +104,20 @@ def _outcome(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     if not losses:
         return "None of them was evaluated on a test set of the coordinator's."
     best, name = min(losses)
-    return f"The lowest loss on the test set is {best:.3f}, of {name}."
+    lowest = f"The lowest loss on the test set is {best:.3f}, of {name}."
+    bases = _bases(runs, lambda scores: scores.loss)
+    if len(bases) > 1:
+        # Two test sets, or two bases on one: the folders do not say which.
+        lowest += (
+            f" But the untouched bases had {min(bases):.3f} to {max(bases):.3f}: unless the runs share a "
+            "test set, their losses do not compare."
+        )
+    return lowest
+
+
+def _bases(runs: Sequence[RunRecord], value: Callable[[Scores], float | None]) -> set[float]:
+    at_base = [value(run.base) for run in runs if run.base is not None]
+    return {round(base, 4) for base in at_base if base is not None and math.isfinite(base)}
 
 
 def _curves(
@@ -131,8 +144,7 @@ def _curves(
             drawn.append((name, start + points))
     if not drawn:
         return None
-    at_base = [value(run.base) for run in runs if run.base is not None]
-    bases = {round(base, 4) for base in at_base if base is not None and math.isfinite(base)}
+    bases = _bases(runs, value)
     with drawing(key, height=3.6 + 0.24 * len(drawn)) as canvas:
         axes = canvas.axes
         for index, (name, points) in enumerate(drawn):

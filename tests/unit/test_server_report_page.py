@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import json
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from server.report.drawing import BLUE, INK, drawing
 from server.report.markup import live_script, policy
 from server.report.page import run_page
 from server.report.reading import read_run
-from tests.unit.fake_runs import SITES, write_large_run, write_results, write_run
+from tests.unit.fake_runs import BASE_LOSS, SITES, write_large_run, write_results, write_run
 
 
 def _page(folder: Path) -> str:
@@ -171,13 +172,33 @@ def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
         settings={"privacy.unit": "none"},
     )
     out = tmp_path / "both.html"
-    assert _report(first, second, "--out", out).exit_code == 0
+    result = _report(first, second, "--out", out)
+    assert result.exit_code == 0
+    # A small page: never "0.0 MB".
+    assert re.search(r"both\.html: 0\.0[1-9]\d? MB, open it in a browser", result.output)
     page = out.read_text()
     assert "The lowest loss on the test set is 0.787, of a/run." in page
+    assert "do not compare" not in page
     assert "b/run: No differential privacy" in page
     assert ">privacy.unit<" in page
     assert ">train.rounds<" not in page
     assert "<script" not in page
+
+
+def test_runs_whose_bases_differ_are_not_called_comparable(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, rounds=2) for name in "ab"]
+    history = folders[1] / "history.jsonl"
+    told = history.read_text()
+    assert f'"loss": {BASE_LOSS}' in told
+    history.write_text(told.replace(f'"loss": {BASE_LOSS}', '"loss": 9.5'))
+    summary = json.loads((folders[1] / "summary.json").read_text())
+    summary["central"]["base"]["loss"] = 9.5
+    (folders[1] / "summary.json").write_text(json.dumps(summary))
+    page = comparison_page(folders)
+    assert (
+        f"the untouched bases had {BASE_LOSS:.3f} to 9.500: unless the runs share a test set"
+        in page
+    )
 
 
 def test_a_run_whose_folder_begins_with_an_underscore_is_named_beside_its_line(
