@@ -152,7 +152,8 @@ def attack_lines(attack: Mapping[str, Any] | None, names: Mapping[str, str]) -> 
                 )
                 for one in membership
             ),
-        ), "", "In brackets the confidence interval; guessing is AUC 0.5 and 0.01."]  # fmt: skip
+        ), "", f"In brackets {membership[0]['confidence']:.0%} confidence intervals; guessing is AUC 0.5 "
+            "and 0.01."]  # fmt: skip
     planted = attack.get("planted")
     if planted:
         lines += [

@@ -73,6 +73,11 @@ def use_lines(facts: CardFacts) -> list[str]:
     ]
 
 
+def _computed_in(dtype: str) -> str:
+    # "auto" tells a reader of the card nothing.
+    return dtype if dtype != "auto" else "bfloat16 on CUDA, float32 on a CPU"
+
+
 def training_lines(facts: CardFacts) -> list[str]:
     """Return what it was trained from, and how."""
     run, config = facts.run, facts.run.config
@@ -100,7 +105,10 @@ def training_lines(facts: CardFacts) -> list[str]:
             f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, {lora.target_modules}; released at rank "
             f"{run.adapter.rank}",
         ),
-        ("base in training", f"{section.quantization}, computed in {section.compute_dtype}"),
+        (
+            "base in training",
+            f"{section.quantization}, computed in {_computed_in(section.compute_dtype)}",
+        ),
         (
             "a site's round",
             f"{train.local_steps} steps of {train.batch_size}, learning rate {train.learning_rate:g}, "

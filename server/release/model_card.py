@@ -86,6 +86,9 @@ def card_data(facts: CardFacts) -> ModelCardData:
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
     _, final = metrics_of(facts.run, facts.evidence.evaluation)
+    quantization = facts.run.config.model.quantization
+    # Measured as the rounds measured, which a merged release in full precision does not repeat to the digit.
+    measured = "" if quantization == "none" else f", base in {quantization}"
     return [
         EvalResult(
             task_type="text-generation",
@@ -93,7 +96,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
             dataset_type="private",
             dataset_name="the coordinator's central test records",
             metric_type=_METRIC_TYPES[name],
-            metric_name=name.replace("_", " "),
+            metric_name=name.replace("_", " ") + measured,
             metric_value=round(value, 6),
         )
         for name, value in final.items()

@@ -108,10 +108,16 @@ def test_its_metadata_is_read_back_by_the_hubs_own_library(
     assert {"federated-learning", "differential-privacy", "lora"} <= set(data.tags)
     assert data.model_name == "tiny-consilium"
     found = {(one.metric_name, one.metric_type): one.metric_value for one in data.eval_results}
-    assert found[("perplexity", "perplexity")] == 4.48
-    assert found[("exact match", "exact_match")] == 0.2
-    assert found[("macro f1", "f1")] == 0.7
+    assert found[("perplexity, base in nf4", "perplexity")] == 4.48
+    assert found[("exact match, base in nf4", "exact_match")] == 0.2
+    assert found[("macro f1, base in nf4", "f1")] == 0.7
     assert data.metrics == ["accuracy", "bleu", "exact_match", "f1", "perplexity", "rouge"]
+
+
+def test_a_reader_need_not_know_our_settings_to_read_the_figures(facts: CardFacts) -> None:
+    card = make_card(facts)
+    assert "| nf4, computed in bfloat16 on CUDA, float32 on a CPU |" in card
+    assert "In brackets 95% confidence intervals; guessing is AUC 0.5 and 0.01." in card
 
 
 def test_a_simulation_is_not_said_to_be_the_work_of_hospitals(facts: CardFacts) -> None:
