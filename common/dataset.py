@@ -188,7 +188,7 @@ def _rows(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
             "datasets' save_to_disk"
         )
     if not path.is_file():
-        raise DataError(f"no data set at {name}; check data.path")
+        raise DataError(f"no data set at {name}; correct the path")
     return reader(path, name)
 
 

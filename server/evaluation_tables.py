@@ -91,7 +91,7 @@ def _groups(base: ModelResults, final: ModelResults, *, column: str) -> Table:
 
 
 def _confusion(options: OptionMetrics) -> Table:
-    table = _table("Confusion", "true \\ chosen", *map(escape, options.labels))
+    table = _table("Confusion, of the result", "true \\ chosen", *map(escape, options.labels))
     for label, row in zip(options.labels, options.confusion, strict=True):
         table.add_row(Text(label), *(f"{count:,}" for count in row))
     return table

@@ -26,7 +26,7 @@ def metrics_table(run: RunRecord) -> TextTable | None:
         rows += _metric_rows((base.generation, final.generation), _GENERATION)
     if base.options and final.options:
         rows += _metric_rows((base.options, final.options), _OPTIONS)
-    records = f" on {evaluation.records:,} records" if evaluation and evaluation.records else ""
+    records = f", {evaluation.records:,} records" if evaluation and evaluation.records else ""
     return TextTable(
         f"On the coordinator's test set{records}",
         ("metric", "base", "this run", "change"),

@@ -265,7 +265,7 @@ def test_malformed_csv_and_parquet_are_refused_without_a_word_of_them(
 
 
 def test_missing_file_and_unknown_format_are_refused(here: Path) -> None:
-    with pytest.raises(DataError, match=r"no data set at .*data.jsonl; check data.path"):
+    with pytest.raises(DataError, match=r"no data set at .*data.jsonl; correct the path"):
         _load(here.with_suffix(".jsonl"))
     with pytest.raises(DataError, match=r"ends in one of \['.csv', '.jsonl', '.parquet'\]"):
         _load(here.with_suffix(".xlsx"))

@@ -55,6 +55,7 @@ def _written(run_dir: Path) -> dict[str, Any]:
 
 def test_everything_that_is_asked_for_is_shown_and_written(run_dir: Path) -> None:
     said = _evaluate(run_dir, "--set", "evaluation.metrics=generation,options")
+    assert "Confusion, of the result" in said
     for words in ("4 test records", "ROUGE-L", "By site", "(worst)", "chosen"):
         assert words in said
     assert "Answers side by side" in said
