@@ -31,7 +31,7 @@ from server.cli_evaluate import evaluate
 from server.cli_membership import CoordinatorDir, enroll, renew, revoke
 from server.cli_plan import plan
 from server.cli_release import export, release, release_key, verify
-from server.cli_report import report, try_report
+from server.cli_report import report, run_is_done, try_report
 from server.coordinator import Coordinator, load_coordinator
 from server.exclusions import Exclusions
 from server.following import follow_run
@@ -172,9 +172,7 @@ def _follow(coordinator: Coordinator, run: RunFolder, *, title: str, folder: Pat
         raise typer.Exit(exit_code_of(state.code))
     for sentence in summary_sentences(json.loads(run.summary.read_text())):
         console.print(sentence)
-    wrote = ["adapter/", "summary.json", "history.jsonl", "checkpoints/"]
-    wrote += [file.name for file in [try_report(run.path)] if file is not None]
-    console.print(f"Wrote {run.path}: {', '.join(wrote)}", soft_wrap=True)
+    run_is_done(run.path)
 
 
 def _say(trouble: str) -> None:

@@ -11,6 +11,7 @@ import typer
 from common.cli import console
 from server.attack_progress import AttackProgress
 from server.attack_report import say_attack, write_attack
+from server.cli_report import say_written
 from server.twin import find_audit, order_twin
 
 
@@ -42,4 +43,4 @@ def audit(
         order = replace(order, model=model, data=data, canaries=canaries, seed=seed)
         content = attack(replace(order, on_progress=progress))
     say_attack(content, console)
-    console.print(f"Wrote {write_attack(run_dir, content)}", soft_wrap=True)
+    say_written(write_attack(run_dir, content))

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common.cli import console
 from common.config import parse_overrides
 from common.errors import ConfigError
+from server.cli_report import say_written
 
 _SECTION = "evaluation."
 
@@ -84,4 +85,4 @@ def evaluate(
         return
     for table in evaluation_tables(found):
         console.print(table)
-    console.print(f"Wrote {run.folder.evaluation}", soft_wrap=True, markup=False)
+    say_written(run.folder.evaluation)

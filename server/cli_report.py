@@ -11,6 +11,10 @@ from rich.markup import escape
 from common.cli import console
 from common.errors import ConfigError, ConsiliumError
 from common.files import write_atomically
+from server.run_folder import RunFolder
+
+# What a run that has finished leaves, in the order in which people want it.
+_OF_A_RUN = ("adapter/", "summary.json", "evaluation.json", "history.jsonl", "checkpoints/")
 
 
 def report(
@@ -28,13 +32,13 @@ def report(
     """Write a report as one HTML file that needs no network: of a run that goes, has ended, or failed."""
     # Only here, because it loads matplotlib.
     from server.report.comparison import comparison_page
-    from server.report.page import REPORT_FILE, run_page
+    from server.report.page import run_page
     from server.report.reading import read_run
 
     with console.status("Drawing the report"):
         if len(run_dirs) == 1:
             page = run_page(read_run(run_dirs[0]))
-            path = out or run_dirs[0] / REPORT_FILE
+            path = out or RunFolder(run_dirs[0], "").report
         else:
             page = comparison_page(run_dirs)
             path = out or Path("comparison.html")
@@ -47,6 +51,23 @@ def report(
     console.print(
         f"Wrote {path}: {len(page.encode()) / 1e6:.2g} MB, open it in a browser", soft_wrap=True
     )
+
+
+def run_is_done(run_dir: Path) -> None:
+    """Draw the report of a run that has finished, and say what is in its folder."""
+    drawn = try_report(run_dir)
+    names = [name for name in _OF_A_RUN if (run_dir / name).exists()]
+    names += [drawn.name] if drawn is not None else []
+    console.print(f"Wrote {run_dir}: {', '.join(names)}", soft_wrap=True)
+
+
+def say_written(path: Path) -> None:
+    """Say that a file was written into a run's folder; a report there is drawn again, with what it says."""
+    console.print(f"Wrote {path}", soft_wrap=True, markup=False)
+    if RunFolder(path.parent, "").report.is_file():
+        drawn = try_report(path.parent)
+        if drawn is not None:
+            console.print(f"Drew {drawn} again, with it", soft_wrap=True, markup=False)
 
 
 def try_report(run_dir: Path) -> Path | None:

@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def report(self) -> Path:
+        """The page that shows it all."""
+        return self.path / "report.html"
+
+    @property
     def evaluation(self) -> Path:
         """What was measured of the result, beside its base."""
         return self.path / "evaluation.json"

@@ -14,7 +14,7 @@ from common.cli import console
 from common.config import Scalar, flatten, load_run_config, read_toml
 from common.errors import ConfigError, EngineError, QuorumError
 from server.aggregation import METHODS
-from server.cli_report import try_report
+from server.cli_report import run_is_done, try_report
 from server.history import Listener
 from server.progress import RunProgress
 from server.report.watching import watched
@@ -157,11 +157,9 @@ def run(
     with _saying_what_is_saved(out), _watched(out, watch=watch):
         with _progress(name, len(sources)) as listener:
             summary = run_simulation(simulation, listener=listener)
-        wrote = ["adapter/", "summary.json", "history.jsonl", "checkpoints/"]
-        wrote += [file.name for file in [try_report(out)] if file is not None]
-    for sentence in summary_sentences(summary):
-        console.print(sentence)
-    console.print(f"Wrote {out}: {', '.join(wrote)}", soft_wrap=True)
+        for sentence in summary_sentences(summary):
+            console.print(sentence)
+        run_is_done(out)
 
 
 @app.command()

@@ -28,8 +28,7 @@ from server.report.run_tables import rounds_table, settings_table, sites_table
 from server.report.signs import warning_signs
 from server.report.site_pictures import site_pictures
 from server.report.tables import TextTable
-
-REPORT_FILE = "report.html"
+from server.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Section:
 def write_report(run_dir: Path) -> Path:
     """Write a run's report into its folder and return its path. Raises ConfigError or DataError."""
     page = run_page(read_run(run_dir))
-    path = run_dir / REPORT_FILE
+    path = RunFolder(run_dir, "").report
     write_atomically(path, page.encode())
     return path
 

@@ -18,6 +18,9 @@ from server.report.drawing import (
 )
 from server.report.record import RunRecord, SitePrivacy
 
+# What bounds a site's epsilon, by whether it is the site's own.
+_OF_CAP = {False: "the run's target", True: "site's own cap"}
+
 
 def privacy_pictures(run: RunRecord) -> list[Picture]:
     """Return epsilon of each site beside what it may spend, and how it grew."""
@@ -34,9 +37,15 @@ def privacy_pictures(run: RunRecord) -> list[Picture]:
         with drawing("epsilon-rounds") as canvas:
             axes = canvas.axes
             axes.plot(*zip(*growth, strict=True), color=BLUE, marker=marker(len(growth)))
-            limits = {one.cap for one in rows if one.cap is not None}
-            for cap in limits if len(limits) == 1 else ():
-                axes.axhline(cap, color=INK, linestyle=(0, (4, 3)), linewidth=1.3, label="cap")
+            limits = {(one.cap, one.own_cap) for one in rows if one.cap is not None}
+            for cap, own in limits if len(limits) == 1 else ():
+                axes.axhline(
+                    cap,
+                    color=ORANGE if own else INK,
+                    linestyle=(0, (4, 3)),
+                    linewidth=1.3,
+                    label=_OF_CAP[own],
+                )
                 axes.legend(loc="lower right")
             axes.set_ylim(bottom=0)
             axes.set_ylabel("epsilon, largest of the sites")
@@ -64,10 +73,7 @@ def _spent(rows: Sequence[SitePrivacy]) -> Picture:
         # Many names stand upright, so that the picture stays low.
         bars, marks = (axes.bar, axes.hlines) if many else (axes.barh, axes.vlines)
         bars(at, spent, 0.62, color=BLUE)
-        for own, color, label in (
-            (False, INK, "the run's target"),
-            (True, ORANGE, "site's own cap"),
-        ):
+        for own, color in ((False, INK), (True, ORANGE)):
             there = [row for row in at if rows[row].cap is not None and rows[row].own_cap == own]
             if there:
                 marks(
@@ -76,7 +82,7 @@ def _spent(rows: Sequence[SitePrivacy]) -> Picture:
                     [row + 0.42 for row in there],
                     color=color,
                     linewidth=2.2,
-                    label=label,
+                    label=_OF_CAP[own],
                 )
         if many:
             axes.set_xticks(at, names, rotation=90)

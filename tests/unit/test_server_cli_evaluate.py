@@ -53,6 +53,16 @@ def _written(run_dir: Path) -> dict[str, Any]:
     return content
 
 
+def test_a_report_that_is_there_shows_what_was_measured_since(run_dir: Path) -> None:
+    report = run_dir / "report.html"
+    assert "report.html" not in _evaluate(run_dir)
+    assert not report.exists()
+    report.write_text("of before")
+    said = _evaluate(run_dir, "--set", "evaluation.metrics=generation")
+    assert f"Drew {report} again, with it" in said.replace("\n", "")
+    assert "ROUGE-L" in report.read_text()
+
+
 def test_everything_that_is_asked_for_is_shown_and_written(run_dir: Path) -> None:
     said = _evaluate(run_dir, "--set", "evaluation.metrics=generation,options")
     assert "Confusion, of the result" in said

@@ -123,7 +123,7 @@ def test_run_ends_by_saying_what_it_wrote_and_where(
     ended = simulate("run", scenario / "run.toml", "--out", out, "--set", "train.local-steps=1")
     assert ended.code == 0, ended.err
     assert _last_line(ended.out) == (
-        f"Wrote {out}: adapter/, summary.json, history.jsonl, checkpoints/, report.html"
+        f"Wrote {out}: adapter/, summary.json, evaluation.json, history.jsonl, checkpoints/, report.html"
     )
     assert "Two sites trained together for 2 rounds" in (out / "report.html").read_text()
     summary = json.loads((out / "summary.json").read_text())
