@@ -181,8 +181,9 @@ class _MLflow:
         # Only here: it takes seconds, and is not installed everywhere.
         from mlflow import MlflowClient
 
-        # It says each step of making its tables.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        # They say each step of making their tables.
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         folder.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
         known = self._client.get_experiment_by_name(_EXPERIMENT)

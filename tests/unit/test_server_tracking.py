@@ -89,11 +89,15 @@ def test_tensorboard_gets_each_round_at_its_step(tmp_path: Path) -> None:
 class TestMLflow:
     pytestmark = mlflow_warnings
 
-    def test_it_gets_each_round_and_a_resumed_run_is_the_same_one(self, tmp_path: Path) -> None:
+    def test_it_gets_each_round_and_a_resumed_run_is_the_same_one(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         from mlflow import MlflowClient
 
         config = _config(mlflow=tmp_path / "new")
         _tell(config, BASE, _round(1, 2.0))
+        # A round's line is what people watch there.
+        assert capfd.readouterr().err == ""
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}")
 
         def the_run() -> Any:
