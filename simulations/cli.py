@@ -26,6 +26,7 @@ from simulations.compare import run_comparison
 from simulations.comparison_table import comparison_table, methods_table
 from simulations.run import EngineName, Simulation, run_simulation
 from simulations.scenario import (
+    TEST_SHARE,
     OwnData,
     PartitionName,
     write_own_scenario,
@@ -61,7 +62,9 @@ def init(
     partition: Annotated[PartitionName, typer.Option(help="How to cut your data.")] = "iid",
     column: Annotated[str, typer.Option(help="The column to cut by (dirichlet, column).")] = "",
     concentration: Annotated[float, typer.Option(help="Dirichlet: smaller is more skewed.")] = 0.5,
-    test_share: Annotated[float, typer.Option(help="Share held back as central test set.")] = 0.1,
+    test_share: Annotated[
+        float, typer.Option(help="Share of your data held back as central test set.")
+    ] = TEST_SHARE,
     site_test_share: Annotated[
         float,
         typer.Option(
@@ -79,6 +82,11 @@ def init(
     """Make a scenario to start from: run.toml, sites and a central test set."""
     config = load_run_config(SCENARIOS / "synthetic.toml")
     if data is None:
+        if partition != "iid" or column or test_share != TEST_SHARE:
+            raise ConfigError(
+                "--partition, --column and --test-share cut data of your own; name it with --data, or leave "
+                "them out"
+            )
         try:
             spec = SyntheticSpec(num_sites=sites, seed=seed, department_skew=skew)
         except ValueError as error:

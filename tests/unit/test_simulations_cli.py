@@ -109,6 +109,18 @@ def test_init_cuts_own_data_by_column(simulate: Command, tmp_path: Path) -> None
     assert site_names(tmp_path / "new") == ["heart", "lung"]
 
 
+@pytest.mark.parametrize(
+    "option", [("--test-share", "0.3"), ("--column", "ward"), ("--partition", "dirichlet")]
+)
+def test_init_says_which_options_are_for_ones_own_data(
+    simulate: Command, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    ended = simulate("init", tmp_path / "new", *option)
+    assert ended.code == 2
+    assert "name it with --data" in _said(ended.err)
+    assert not (tmp_path / "new").exists()
+
+
 def test_init_refuses_a_scenario_that_is_there(simulate: Command, scenario: Path) -> None:
     ended = simulate("init", scenario)
     assert ended.code == 2
