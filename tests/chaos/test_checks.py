@@ -96,7 +96,7 @@ def test_a_round_that_became_another_one_is_found(trail: Trail) -> None:
 def test_a_committed_round_that_is_done_again_is_found(trail: Trail) -> None:
     _rewrite(
         trail.run_dir / "history.jsonl",
-        lambda events: events.append({"event": "round-started", "round": 2}),
+        lambda events: events.append({"event": "round-started", "time": 1.0, "round": 2}),
     )
     assert "started again after round 2" in _faults(trail)["committed rounds redone"]
 
