@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -52,7 +52,7 @@ _SPARE = 8
 
 @dataclass(frozen=True, slots=True)
 class TruncatedSvd:
-    """M ~= U diag(S) Vt. U (d_out, r), S (r,) falling, Vt (r, d_in), float64.
+    """M ~= U diag(S) Vt. U (d_out, r), S (r,) falling, Vt (r, d_in), float64; signs as `_signed` has them.
 
     tail_energy: sum of the squared singular values left out; total_energy: of all of them.
     """
@@ -97,9 +97,20 @@ def truncated_svd(
     way = way or choose_way(d_out=d_out, d_in=d_in, columns=left.shape[1])
     # The taller factor is the one worth a QR; of the whole, fewer rows than columns make less to square.
     if (d_out >= d_in) != (way == "whole"):
-        return _upright(left, right, rank, way)
+        return _signed(_upright(left, right, rank, way))
     svd = _upright(right.T, left.T, rank, way)
-    return TruncatedSvd(svd.Vt.T, svd.S, svd.U.T, svd.tail_energy, svd.total_energy)
+    return _signed(TruncatedSvd(svd.Vt.T, svd.S, svd.U.T, svd.tail_energy, svd.total_energy))
+
+
+def _signed(svd: TruncatedSvd) -> TruncatedSvd:
+    """The same product, with the largest entry of each column of U above 0.
+
+    Which of two signs LAPACK gives hangs on the last bit, and that on where in memory the factors lie: a run
+    that goes on from its checkpoint would have another adapter than one that was never cut off.
+    """
+    largest = np.take_along_axis(svd.U, np.abs(svd.U).argmax(axis=0)[None], axis=0)[0]
+    signs = np.where(largest < 0, -1.0, 1.0)
+    return replace(svd, U=svd.U * signs, Vt=signs[:, None] * svd.Vt)
 
 
 def choose_way(*, d_out: int, d_in: int, columns: int) -> Way:

@@ -336,6 +336,24 @@ def test_the_same_factors_give_the_same_bits(way: Way) -> None:
     assert (first.tail_energy, first.total_energy) == (second.tail_energy, second.total_energy)
 
 
+@every_way
+def test_a_component_has_the_same_sign_whatever_the_last_bits_of_the_factors(way: Way) -> None:
+    """Of two that are both right, LAPACK's choice would hang on them."""
+    for seed in range(8):
+        lefts, rights = _stacks(seed, d_out=70, d_in=75, ranks=[16] * 5)
+        first = truncated_svd(lefts, rights, rank=6, way=way)
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (5, 16))
+        turned = truncated_svd(
+            [left * sign for left, sign in zip(lefts, signs, strict=True)],
+            [sign[:, None] * right for right, sign in zip(rights, signs, strict=True)],
+            rank=6,
+            way=way,
+        )
+        np.testing.assert_allclose(turned.U, first.U, atol=1e-6)
+        np.testing.assert_allclose(turned.Vt, first.Vt, atol=1e-6)
+        assert (first.U[np.abs(first.U).argmax(axis=0), range(6)] > 0).all()
+
+
 @pytest.mark.parametrize(
     ("d_out", "d_in", "columns", "way"),
     [
