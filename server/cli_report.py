@@ -58,7 +58,7 @@ def run_is_done(run_dir: Path) -> None:
     drawn = try_report(run_dir)
     names = [name for name in _OF_A_RUN if (run_dir / name).exists()]
     names += [drawn.name] if drawn is not None else []
-    console.print(f"Wrote {run_dir}: {', '.join(names)}", soft_wrap=True)
+    console.print(f"Wrote {run_dir}: {', '.join(names)}", soft_wrap=True, markup=False)
 
 
 def say_written(path: Path) -> None:
