@@ -109,7 +109,7 @@ def test_the_command_ends_what_runs_and_says_what_stays(hospital: Hospital, comm
         assert up.stdout is not None
         up.stdout.readline()
         done = CliRunner().invoke(app, ["withdraw", "--site", str(hospital.folder), "--yes"])
-        assert up.wait(timeout=5) == -15
+        assert up.wait(timeout=60) == -15
     assert lock_holder(lock) is None
     said = " ".join(done.output.split())
     assert f"`consilium client {command}` was ended" in said

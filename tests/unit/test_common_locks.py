@@ -88,10 +88,10 @@ def test_a_child_of_the_holder_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_who_waits_gets_the_lock_when_it_is_free(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with holder(path) as process:
-        threading.Timer(0.5, process.kill).start()
         started = time.monotonic()
-        with hold_lock(path, wait_s=10):
-            assert 0.3 < time.monotonic() - started < 5
+        threading.Timer(0.5, process.kill).start()
+        with hold_lock(path, wait_s=60):
+            assert time.monotonic() - started > 0.4
 
 
 def test_looking_never_keeps_anybody_from_holding(tmp_path: Path) -> None:

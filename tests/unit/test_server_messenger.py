@@ -295,7 +295,7 @@ def test_nor_does_it_hold_up_the_deadline() -> None:
         on_late=lambda sent: late.append(sent.node_id),
     )
     messenger.send(_tasks(2, 3), ttl_s=60)
-    assert [answer.sent.node_id for answer in messenger.answers(deadline_s=1.5)] == [2]
+    assert [answer.sent.node_id for answer in messenger.answers(deadline_s=4)] == [2]
     whole.set()
     for _ in range(20):
         messenger.send(_tasks(2), ttl_s=60)

@@ -206,7 +206,7 @@ def test_a_superlink_that_does_not_answer_leaves_the_nodes_unknown_and_takes_no_
     with hold_lock(coordinator.up_lock):
         started = time.monotonic()
         status = coordinator_status(coordinator)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     assert status.nodes is None
     assert any("SuperLink does not answer" in line for line in status.advice)
     assert "Nodes: unknown" in _text(status)
