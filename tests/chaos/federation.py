@@ -30,7 +30,7 @@ from tests.integration.commands import Commands, write_federation
 KILL_TIMEOUT_S = 180.0
 RECOVERY_TIMEOUT_S = 240.0
 _UP_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 180.0
 
 SETTINGS: dict[str, Scalar] = {
     "train.rounds": 400,

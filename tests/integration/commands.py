@@ -184,7 +184,7 @@ class Commands:
             preexec_fn=_hear_interrupts,
         )
 
-    def run(self, *arguments: str, timeout_s: float = 60) -> tuple[int, str]:
+    def run(self, *arguments: str, timeout_s: float = 180) -> tuple[int, str]:
         """Run `consilium ARGUMENTS`; return its exit code and output."""
         with self.start(*arguments) as process:
             try:

@@ -50,7 +50,7 @@ class Deployment:
         app_dir: Path,
         *,
         server_environment: Mapping[str, str] | None = None,
-        startup_timeout_s: float = 60.0,
+        startup_timeout_s: float = 180.0,
     ) -> None:
         self.folder = folder.resolve()
         self.app_dir = app_dir.resolve()

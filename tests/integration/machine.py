@@ -180,7 +180,7 @@ class Machine:
         self.write(f"/etc/systemd/system/{unit}.d/{name}.conf", content)
 
     def boot(
-        self, *units: str, until: Callable[[], bool] | None = None, timeout_s: float = 60
+        self, *units: str, until: Callable[[], bool] | None = None, timeout_s: float = 180
     ) -> None:
         """Start these units, and return when the condition holds; without one, when commands can be run."""
         until = until or self._takes_commands

@@ -76,7 +76,7 @@ def test_a_superlink_is_known_by_its_certificate_and_told_from_every_other(
         (site / "coordinator" / "ca.crt").write_bytes(ca)
 
         commands.ups["server"].terminate()
-        assert commands.ups["server"].wait(timeout=40) == 0
+        assert commands.ups["server"].wait(timeout=120) == 0
         assert "refused the connection: nothing listens there" in _said(site)
         code, output = commands.run("client", "check", "--site", str(site))
         assert code == 8, output
@@ -120,7 +120,9 @@ def test_a_hospital_that_gets_out_by_a_proxy_alone_connects_and_trains(tmp_path:
             check = [CONSILIUM, "client", "check", "--site", str(site), "--json"]
 
             def checked(prefix: list[str]) -> str:
-                done = subprocess.run([*prefix, *check], capture_output=True, text=True, timeout=60)
+                done = subprocess.run(
+                    [*prefix, *check], capture_output=True, text=True, timeout=180
+                )
                 detail: str = _checks(done.stdout)["coordinator"]["detail"]
                 return detail
 

@@ -50,5 +50,5 @@ def test_a_node_whose_key_is_not_registered_is_refused(deployment: Deployment) -
 
 def test_a_server_app_that_raises_ends_the_run_as_failed(deployment: Deployment) -> None:
     run_id = deployment.submit({"fail": True})
-    assert deployment.wait(run_id, timeout_s=60) == "finished:failed"
+    assert deployment.wait(run_id, timeout_s=150) == "finished:failed"
     assert "asked to fail" in deployment.log_file(f"run-{run_id}").read_text()

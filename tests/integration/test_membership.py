@@ -85,7 +85,7 @@ def test_a_hospital_with_new_keys_connects_with_them_and_not_with_the_old_ones(
     _wait_for_refusal(commands, north, after=before)
 
     commands.ups[north].terminate()
-    assert commands.ups[north].wait(timeout=60) == 0
+    assert commands.ups[north].wait(timeout=180) == 0
     must(commands, "client", "rotate", "--finish", bundle, "--site", site)
     assert not any(path.read_bytes() == content for path, content in former.items())
     commands.up(north)
@@ -125,10 +125,10 @@ def test_who_withdraws_while_the_coordinator_is_down_is_not_let_in_when_it_is_up
     federation = commands.federation
     north = federation.sites[0]
     commands.ups["server"].terminate()
-    assert commands.ups["server"].wait(timeout=60) == 0
+    assert commands.ups["server"].wait(timeout=180) == 0
     said = must(commands, "client", "withdraw", "--site", federation.site(north), "--yes")
     assert "`consilium client up` was ended" in " ".join(said.split())
-    assert commands.ups[north].wait(timeout=60) == 0
+    assert commands.ups[north].wait(timeout=180) == 0
     statement = shutil.copy(federation.site(north) / "withdrawal.json", federation.folder)
     must(
         commands,

@@ -101,7 +101,7 @@ def test_status_tells_what_is_so_within_seconds_of_a_kill(commands: Commands) ->
     os.kill(killed, signal.SIGKILL)
     at = time.monotonic()
     now = commands.status()
-    assert time.monotonic() - at < 10
+    assert time.monotonic() - at < 40
     superlink = {one["name"]: one for one in now["processes"]}["superlink"]
     assert superlink["pid"] != killed
     assert superlink["last_exit_code"] == -9 or not superlink["alive"]
@@ -132,7 +132,7 @@ def test_a_run_that_is_stopped_stays_stopped_until_it_is_resumed(commands: Comma
     with commands.start(*order, "--force") as follower:
         commands.wait_until(lambda: _is_in_a_round(commands.events(run_dir)), "round 1")
         follower.send_signal(signal.SIGINT)
-        said, _ = follower.communicate(timeout=30)
+        said, _ = follower.communicate(timeout=120)
     assert follower.returncode == 130
     assert "Detached: run" in said
     assert "goes on" in said
@@ -159,7 +159,7 @@ def test_a_terminated_up_leaves_no_process_behind(commands: Commands) -> None:
     for who in everybody:
         commands.ups[who].terminate()
     for who in everybody:
-        assert commands.ups[who].wait(timeout=40) == 0, commands.tails()
+        assert commands.ups[who].wait(timeout=120) == 0, commands.tails()
         assert commands.processes(who) == []
     status = commands.status()
     assert status["up"] is None

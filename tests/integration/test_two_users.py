@@ -213,7 +213,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Found]
         for name in ("agent", "line"):
             found[name] = json.loads((machine.out / f"{name}.json").read_text())
         log_of_node = machine.root / NODE.lstrip("/") / "flower" / "superexec.log"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not (log_of_node.exists() and log_of_node.read_text().endswith("}\n")):
             assert time.monotonic() < deadline, machine.console()
             time.sleep(0.2)

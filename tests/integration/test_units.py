@@ -112,7 +112,7 @@ def _agent_log(machine: Machine) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _read(machine, f"{AGENT}/state/audit.jsonl").splitlines()]
 
 
-def _wait(machine: Machine, condition: Callable[[], object], timeout_s: float = 60) -> None:
+def _wait(machine: Machine, condition: Callable[[], object], timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, machine.console()

@@ -35,6 +35,6 @@ def test_reports_are_served_while_up_runs_and_by_a_process_that_draws_nothing(
             listening = psutil.Process(pid).net_connections(kind="inet")
             assert {one.laddr.ip for one in listening} == {"127.0.0.1"}
             up.send_signal(signal.SIGTERM)
-            up.communicate(timeout=60)
+            up.communicate(timeout=180)
         assert not answers(port)
         assert commands.status()["reports"] == ""
