@@ -54,7 +54,7 @@ class Hospital:
             "site": "north",
             "server_round": server_round,
             "attempt": 1,
-            "expires_at": int(time.time()) + 60,
+            "expires_at": int(time.time()) + 900,
             "base_digest": self.base_digest,
             "adapter_digest": self.adapter.digest(),
             "config": self.config.for_sites(),
