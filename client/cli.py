@@ -69,6 +69,7 @@ def init(
         "Next: go through site.toml, and when the bundle is there: consilium client join BUNDLE --site "
         f"{site}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -84,7 +85,9 @@ def join(
     from client.provisioning import join as join_coordinator
 
     opened = open_bundle(bundle.read_bytes())
-    console.print(f"{opened.address}, fingerprint {opened.fingerprint}", soft_wrap=True)
+    console.print(
+        f"{opened.address}, fingerprint {opened.fingerprint}", soft_wrap=True, markup=False
+    )
     if not yes:
         typer.confirm("Has the coordinator said that this is its fingerprint?", abort=True)
     joined = join_coordinator(site, opened)
@@ -92,6 +95,7 @@ def join(
         f"Wrote {site / 'site.toml'} and {joined.root_certificates_path}. Next: consilium client up --site "
         f"{site}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -145,7 +149,9 @@ def approve(
         typer.confirm("Let this run train on this hospital's records?", abort=True)
     (opened.decline if decline else opened.approve)(run)
     verb = "Declined" if decline else "Approved"
-    console.print(f"{verb} {run}; wrote {site / 'state' / 'approvals'}", soft_wrap=True)
+    console.print(
+        f"{verb} {run}; wrote {site / 'state' / 'approvals'}", soft_wrap=True, markup=False
+    )
 
 
 @app.command()
@@ -230,6 +236,7 @@ def log(
             f"{verified.checkpoints}, anchors that hold: {verified.anchors}, settled: "
             f"{verified.settled}). Head {verified.head}",
             soft_wrap=True,
+            markup=False,
         )
         return
     entries = [entry for entry in opened.audit.entries() if every or entry.event in _SHOWN]
@@ -238,7 +245,7 @@ def log(
             typer.echo(json.dumps(plain_json(asdict(entry)), allow_nan=False))
         return
     console.print(_log_table(entries))
-    console.print(f"{len(entries)} lines of {path}", soft_wrap=True)
+    console.print(f"{len(entries)} lines of {path}", soft_wrap=True, markup=False)
 
 
 @app.command("dry-run")

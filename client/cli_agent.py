@@ -26,7 +26,7 @@ def up(site: SiteDir = Path()) -> None:
     """Connect this hospital to its coordinator and answer its tasks, until it is stopped."""
     set_up_logging(verbose=True)
     run_site(load_site_config(site))
-    console.print(f"Stopped. Logs: {site / 'state' / 'flower'}", soft_wrap=True)
+    console.print(f"Stopped. Logs: {site / 'state' / 'flower'}", soft_wrap=True, markup=False)
 
 
 def agent(site: SiteDir = Path()) -> None:
@@ -40,14 +40,14 @@ def agent(site: SiteDir = Path()) -> None:
 
     opened = Site.open(site)
     run_agent(opened)
-    console.print(f"Stopped. What it did: {opened.audit.path}", soft_wrap=True)
+    console.print(f"Stopped. What it did: {opened.audit.path}", soft_wrap=True, markup=False)
 
 
 def node(folder: NodeDir) -> None:
     """Run the connection alone, as a user who sees no data: SuperNode and superexec."""
     set_up_logging(verbose=True)
     run_node(folder)
-    console.print(f"Stopped. Logs: {folder / 'flower'}", soft_wrap=True)
+    console.print(f"Stopped. Logs: {folder / 'flower'}", soft_wrap=True, markup=False)
 
 
 def node_init(
@@ -69,6 +69,7 @@ def node_init(
         f"Wrote {written}, node, node.pub, ca.crt. Give {folder} to the node's user, then, as that user: "
         f"consilium client node {folder}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -96,4 +97,4 @@ def cancel(site: SiteDir = Path()) -> None:
         if stopped
         else "Nothing is trained"
     )
-    console.print(said, soft_wrap=True)
+    console.print(said, soft_wrap=True, markup=False)

@@ -42,6 +42,7 @@ def rotate(
             "coordinator; it holds public parts only and is signed by the old key, so no telephone call is "
             f"needed.\nNext, when its bundle is there: consilium client rotate --finish BUNDLE --site {site}",
             soft_wrap=True,
+            markup=False,
         )
         return
     finish_rotation(config, open_bundle(finish.read_bytes()))
@@ -50,6 +51,7 @@ def rotate(
         f"are gone. Start again what runs here: consilium client up --site {site}, or the agent; a node with "
         "a folder of its own needs it anew: consilium client node-init",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -72,6 +74,7 @@ def withdraw(
         "now stays in their adapters: nothing takes an update out of a model again. Ledger and audit log "
         "stay here. What a service manager starts again does nothing for that coordinator either.",
         soft_wrap=True,
+        markup=False,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from common.digest_list import parse_digest_list
 from common.errors import ConfigError
@@ -48,20 +49,24 @@ def digest(
             ) from None
     if write is not None:
         _check_place(write, path)
-    with _notes.status(f"Reading {path}"):
+    with _notes.status(f"Reading {escape(str(path))}"):
         if check is not None:
             check_digest_list(path, expected)
         check_model_folder(path)
         found = digest_files(path)
     typer.echo(found.text() if as_list else found.total, nl=not as_list)
     if check is not None:
-        _notes.print(f"{path} is what {check} describes: {len(found.files)} files", soft_wrap=True)
+        _notes.print(
+            f"{path} is what {check} describes: {len(found.files)} files",
+            soft_wrap=True,
+            markup=False,
+        )
     if write is not None:
         try:
             write_atomically(write, found.text().encode())
         except OSError as error:
             raise ConfigError(f"{write} cannot be written ({error.strerror})") from None
-        _notes.print(f"Wrote {write}: {len(found.files)} files", soft_wrap=True)
+        _notes.print(f"Wrote {write}: {len(found.files)} files", soft_wrap=True, markup=False)
 
 
 def _check_place(list_file: Path, folder: Path) -> None:

@@ -83,6 +83,7 @@ def init(
         f"Next: consilium server up {folder}, then consilium server enroll ENROLMENT {folder} for each "
         "hospital",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -105,7 +106,9 @@ def up(
     """Run the coordinator: SuperLink, superexec, and whatever runs are asked for; until it is stopped."""
     set_up_logging(verbose=True)
     run_coordinator(load_coordinator(folder), watch_port=watch_port)
-    console.print(f"Stopped. The coordinator's logs: {folder / 'flower'}", soft_wrap=True)
+    console.print(
+        f"Stopped. The coordinator's logs: {folder / 'flower'}", soft_wrap=True, markup=False
+    )
 
 
 app.command()(plan)
@@ -140,13 +143,16 @@ def run(
     opened = order_run(coordinator, checked, run_dir=run_dir, resume=resume, force=force)
     del checked
     release_base()
-    console.print(f"Asked for run {opened.run_uid}; it writes {opened.path}", soft_wrap=True)
+    console.print(
+        f"Asked for run {opened.run_uid}; it writes {opened.path}", soft_wrap=True, markup=False
+    )
     if coordinator.up_pid() is None:
         _say(f"It begins when `consilium server up {folder}` runs; now it does not.")
     if detach:
         console.print(
             f"Watch it: consilium server status {folder}; its report: consilium server report {opened.path}",
             soft_wrap=True,
+            markup=False,
         )
         return
     _follow(coordinator, opened, title=name, folder=folder)
@@ -162,13 +168,14 @@ def _follow(coordinator: Coordinator, run: RunFolder, *, title: str, folder: Pat
             f"Detached: run {run.run_uid} goes on. Watch it: consilium server status {folder}; end it: "
             f"consilium server stop {folder}",
             soft_wrap=True,
+            markup=False,
         )
         raise typer.Exit(INTERRUPTED) from None
     if state.kind != "finished":
         _say(f"{state.kind} ({state.code}): {state.message}")
         drawn = try_report(run.path)
         if drawn is not None:
-            console.print(f"Wrote {drawn}: how far it came", soft_wrap=True)
+            console.print(f"Wrote {drawn}: how far it came", soft_wrap=True, markup=False)
         raise typer.Exit(exit_code_of(state.code))
     for sentence in summary_sentences(json.loads(run.summary.read_text())):
         console.print(sentence)
@@ -205,6 +212,7 @@ def stop(folder: CoordinatorDir) -> None:
         f"{stopped.state.rounds or '?'}; continue with: consilium server run RUN.toml {folder} --out "
         f"{stopped.folder.path} --resume",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -233,6 +241,7 @@ def exclude(
         f"Wrote {folder.exclusions}: excluded {excluded}. What goes takes it up at once; it holds for later "
         "rounds and after --resume.",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -275,13 +284,18 @@ def log(
             typer.echo(json.dumps({**asdict(verified), "seen": heads}, indent=2))
             return
         for site, one in sorted(seen.items()):
-            console.print(f"{site}: ledger {one.ledger}\n{site}: audit {one.audit}", soft_wrap=True)
+            console.print(
+                f"{site}: ledger {one.ledger}\n{site}: audit {one.audit}",
+                soft_wrap=True,
+                markup=False,
+            )
         settled = f", {verified.settled} settled after a restore" if verified.settled else ""
         console.print(
             f"{path}: {verified.lines} lines, whole and unchanged; {verified.checkpoints} signed "
             f"checkpoints, {verified.unsigned} lines after the last; {verified.anchors} anchors "
             f"hold{settled}. Head {verified.head}",
             soft_wrap=True,
+            markup=False,
         )
         return
     entries = list(read_audit_log(path))
@@ -292,7 +306,7 @@ def log(
             typer.echo(json.dumps(plain_json(asdict(entry)), allow_nan=False))
         return
     console.print(_log_table(shown))
-    console.print(f"{len(shown)} of {len(entries)} lines of {path}", soft_wrap=True)
+    console.print(f"{len(shown)} of {len(entries)} lines of {path}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -316,6 +330,7 @@ def receipt(
         f"Wrote {out}: {len(made.charges)} charges of {site}, ledger at {made.heads.ledger.count}, "
         f"audit log at {made.heads.audit.count}. There: consilium client ledger --settle {out.name}",
         soft_wrap=True,
+        markup=False,
     )
 
 

@@ -54,6 +54,7 @@ def enroll(
     console.print(
         f"{opened.site}, declared size {opened.declared_size:,}, fingerprint {opened.fingerprint}",
         soft_wrap=True,
+        markup=False,
     )
     if not yes:
         typer.confirm("Has the hospital said that this is its fingerprint?", abort=True)
@@ -64,6 +65,7 @@ def enroll(
         f"Wrote {out} and {coordinator.roster_file}: {opened.site} is enrolled. There: consilium client "
         f"{'join' if rotation is None else 'rotate --finish'} {out.name}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -87,6 +89,7 @@ def revoke(
         f"Wrote {coordinator.roster_file} and {coordinator.revocations_file}: {site} is "
         f"{'revoked, as it was before' if done.again else 'revoked'}. {_STAYS}",
         soft_wrap=True,
+        markup=False,
     )
     if not done.node_known:
         console.print(
@@ -113,6 +116,7 @@ def renew(
         f"{datetime.fromtimestamp(until).strftime('%Y-%m-%d')}. It is used from the next start of `consilium "
         f"server up {folder}` on: end that and start it again; a run goes on by itself.",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -133,4 +137,5 @@ def _take_rotation(coordinator: Coordinator, rotation: Rotation, *, out: Path | 
         f"{fingerprint(rotation.opened().signing_key)}; the old ones, which signed for them, hold no more. "
         f"There: consilium client rotate --finish {out.name}",
         soft_wrap=True,
+        markup=False,
     )

@@ -49,7 +49,9 @@ def report(
                 f"{path} cannot be written ({error.strerror}); name another file with --out"
             ) from None
     console.print(
-        f"Wrote {path}: {len(page.encode()) / 1e6:.2g} MB, open it in a browser", soft_wrap=True
+        f"Wrote {path}: {len(page.encode()) / 1e6:.2g} MB, open it in a browser",
+        soft_wrap=True,
+        markup=False,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from server.history import Event
@@ -32,7 +33,7 @@ class RunProgress:
             TimeRemainingColumn(compact=True),
             console=console,
         )
-        self._task = self._bar.add_task(title, total=None, state="starting")
+        self._task = self._bar.add_task(escape(title), total=None, state="starting")
 
     def __enter__(self) -> RunProgress:
         self._bar.start()

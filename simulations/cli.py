@@ -110,8 +110,10 @@ def init(
             seed=seed,
         )
         written = write_own_scenario(folder, own, config, ranks=_ranks(ranks))
-    console.print(f"Wrote {', '.join(str(path) for path in written)}", soft_wrap=True)
-    console.print(f"Next: consilium simulate run {folder / 'run.toml'}", soft_wrap=True)
+    console.print(f"Wrote {', '.join(str(path) for path in written)}", soft_wrap=True, markup=False)
+    console.print(
+        f"Next: consilium simulate run {folder / 'run.toml'}", soft_wrap=True, markup=False
+    )
 
 
 def _tuned(path: Path) -> dict[str, dict[str, Scalar]]:
@@ -284,7 +286,9 @@ def _compare(comparison: Comparison, *, if_cut_off: str) -> None:
     except (KeyboardInterrupt, QuorumError, EngineError):
         done = len(list(comparison.out.glob("runs/*/*/summary.json")))
         console.print(
-            f"{done} runs are done in {comparison.out}/runs; {if_cut_off}", soft_wrap=True
+            f"{done} runs are done in {comparison.out}/runs; {if_cut_off}",
+            soft_wrap=True,
+            markup=False,
         )
         raise
     finally:
@@ -294,6 +298,7 @@ def _compare(comparison: Comparison, *, if_cut_off: str) -> None:
     console.print(
         f"Wrote {comparison.out}: comparison.csv, comparison.json, runs/ (each with its adapter)",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -310,7 +315,9 @@ def _watched(out: Path, *, watch: bool) -> Iterator[None]:
         return
     with watched(out) as address:
         if address:
-            console.print(f"Watch it: {address} (as long as the run goes)", soft_wrap=True)
+            console.print(
+                f"Watch it: {address} (as long as the run goes)", soft_wrap=True, markup=False
+            )
         else:
             console.print("[yellow]The report cannot be served; the run goes on[/yellow]")
         yield
@@ -323,9 +330,13 @@ def _saying_what_is_saved(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, QuorumError, EngineError) as error:
         rounds = sorted(path.name for path in out.glob("checkpoints/round-*"))
         if rounds:
-            console.print(f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume")
+            console.print(
+                f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume",
+                soft_wrap=True,
+                markup=False,
+            )
         if RunFolder(out, "").history.is_file() and not isinstance(error, KeyboardInterrupt):
             drawn = try_report(out)
             if drawn is not None:
-                console.print(f"Wrote {drawn}: how far it came", soft_wrap=True)
+                console.print(f"Wrote {drawn}: how far it came", soft_wrap=True, markup=False)
         raise

@@ -73,7 +73,7 @@ def attack(
     content = result.as_json()
     say_attack(content, console)
     written = write_attack(out or Path("runs") / f"{name}-attack", content)
-    console.print(f"Wrote {written}", soft_wrap=True)
+    console.print(f"Wrote {written}", soft_wrap=True, markup=False)
 
 
 def _chosen(sources: list[SourceSite], sizes: dict[str, int], site: str) -> SourceSite:

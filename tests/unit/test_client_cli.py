@@ -236,3 +236,11 @@ def test_a_dry_run_of_what_the_policy_forbids_says_which_line(
     run.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in SETTINGS.items()))
     with pytest.raises(PolicyError, match="policy.max-rank = 64"):
         _run("dry-run", run, "--set", "lora.rank=65", "--site", trained.folder)
+
+
+def test_a_folder_is_named_as_it_is_called(tmp_path: Path) -> None:
+    """What stands in square brackets would else be taken for a colour, and go."""
+    folder = tmp_path / "north [old]"
+    said = _run("init", folder, "--name", "north", "--declared-size", 100)
+    assert f"Wrote {folder}: site.toml" in said
+    assert f"client join BUNDLE --site {folder}\n" in said

@@ -66,6 +66,13 @@ def test_help_lists_the_groups_and_ends_well() -> None:
         assert group in done.stdout
 
 
+def test_a_list_of_digests_is_named_as_its_file_is(tiny_model_dir: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list [a].txt"
+    words = ["model", "digest", str(tiny_model_dir), "--write", str(listed)]
+    done = CliRunner().invoke(cli.build_app(), words)
+    assert f"Wrote {listed}: " in done.stderr.replace("\n", "")
+
+
 def test_model_digest_prints_the_digest_and_nothing_else(tiny_model_dir: Path) -> None:
     done = CliRunner().invoke(cli.build_app(), ["model", "digest", str(tiny_model_dir)])
 

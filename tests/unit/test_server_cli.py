@@ -277,3 +277,11 @@ def test_a_run_that_failed_leaves_its_report_and_the_exit_code_of_why(
     assert "stopped (quorum): 1 of 2 answered" in said
     assert f"Wrote {run.path}/report.html: how far it came" in said
     assert "1 of 2 answered" in (run.path / "report.html").read_text()
+
+
+def test_a_folder_is_named_as_it_is_called(tmp_path: Path) -> None:
+    """What stands in square brackets would else be taken for a colour, and go."""
+    folder = tmp_path / "coordinator [new]"
+    said = _run("init", folder, "--address", "fl.example.org:8000").output
+    assert f"Wrote {folder}: coordinator.toml" in said
+    assert f"consilium server up {folder}, then" in said

@@ -84,3 +84,11 @@ def test_resumed_run_starts_where_it_was_left() -> None:
 
 def test_unknown_events_are_passed_over() -> None:
     assert "pilot" in _show([{"event": "sites", "sites": ["north"]}, {"event": "finished"}])
+
+
+def test_a_run_is_called_as_it_is_called() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True, color_system=None)
+    with RunProgress("study [a] [/b]", console=console, expected_sites=2) as view:
+        view(STARTED)
+    assert "study [a] [/b] " in out.getvalue()

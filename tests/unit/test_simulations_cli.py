@@ -379,3 +379,10 @@ def test_attack_names_the_sites_when_there_is_no_such_one(
     ended = simulate("attack", scenario / "run.toml", "--site", "oslo")
     assert ended.code == 2
     assert f"--site 'oslo' is none of {', '.join(site_names(scenario))}" in _said(ended.err)
+
+
+def test_init_names_a_folder_as_it_is_called(simulate: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "study [a]"
+    said = simulate("init", folder, "--sites", "2").out
+    assert f"Wrote {folder}/run.toml, {folder}/sites" in said
+    assert f"Next: consilium simulate run {folder}/run.toml" in said
