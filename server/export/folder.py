@@ -36,13 +36,14 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     """Lend an empty folder that takes the place of `target` when the block ends well, and is gone else.
 
     within: the run's folder, where the user named no place of their own; no link leads out of it.
-    Raises as `check_place`, and DiskError when the disk is full.
+    Raises as `check_place`, ConfigError where nothing can be written, and DiskError when the disk is full.
     """
     check_place(target, within=within, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if _tidy(target):
-        check_place(target, within=within, force=force)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    with _place_in_words(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if _tidy(target):
+            check_place(target, within=within, force=force)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         with hold_lock(temporary / _LOCK):
             # Of the same name: a signature names the folder that it was made in.
@@ -71,6 +72,21 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
         ) from error
     finally:
         _remove(temporary, target)
+
+
+@contextmanager
+def _place_in_words(target: Path) -> Iterator[None]:
+    """Say in words that nothing can be written beside a place."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskError(
+                f"the disk of {target.parent} is full ({error}); free some space, or choose another --out"
+            ) from error
+        raise ConfigError(
+            f"{target} cannot be written ({error.strerror}); choose another --out"
+        ) from None
 
 
 def _says_disk_full(error: Exception) -> bool:

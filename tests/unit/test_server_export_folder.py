@@ -308,6 +308,14 @@ def test_what_is_no_folder_is_in_the_way(tmp_path: Path, kind: str) -> None:
         check_place(tmp_path / "out", within=None, force=True)
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match=r"notes/out cannot be written \(File exists\); choose"):
+        _place(tmp_path / "notes" / "out")
+    with pytest.raises(ConfigError, match="/proc/out cannot be written"):
+        _place(Path("/proc/out"))
+
+
 def test_what_came_while_an_export_was_written_is_not_replaced(tmp_path: Path) -> None:
     place = placing(tmp_path / "out", within=None, force=True)
     place.__enter__()
