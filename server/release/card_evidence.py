@@ -195,6 +195,7 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
         return [f"**It was not evaluated:** there were no central test records, and {asked}."]
     lines = []
     if final:
+        fewer = _on_fewer(evaluation)
         records = f"{evaluation['records']} " if evaluation and evaluation["models"] else ""
         lines += [
             f"On {records}central test records, which the coordinator chose (whether a site trained on any "
@@ -203,7 +204,11 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
             *table(
                 ("metric", "untouched base", "this model"),
                 (
-                    (shown, _number(base.get(name), "-"), _number(final[name], "-"))
+                    (
+                        shown + fewer.get(name, ""),
+                        _number(base.get(name), "-"),
+                        _number(final[name], "-"),
+                    )
                     for name, shown in _SHOWN.items()
                     if name in final
                 ),
@@ -223,6 +228,17 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
             f"({_number(all_sites['base_token_accuracy'], '-')}).{outside}",
         ]
     return lines
+
+
+def _on_fewer(evaluation: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return of how many records each metric is that is not of all of them."""
+    models = (evaluation or {}).get("models") or {}
+    found = {}
+    for part, names in _PARTS.items():
+        records = ((models.get("final") or {}).get(part) or {}).get("records")
+        if evaluation is not None and records is not None and records < evaluation["records"]:
+            found |= dict.fromkeys(names, f" (on {records} of them)")
+    return found
 
 
 def group_lines(evaluation: Mapping[str, Any] | None, names: Mapping[str, str]) -> list[str]:

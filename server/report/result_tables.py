@@ -22,10 +22,13 @@ def metrics_table(run: RunRecord) -> TextTable | None:
     else:
         pair = language
     rows = list(_metric_rows(pair, _LANGUAGE))
+    every = evaluation.records if evaluation else 0
     if base.generation and final.generation:
-        rows += _metric_rows((base.generation, final.generation), _GENERATION)
+        on = _on(final.generation.records, every)
+        rows += _metric_rows((base.generation, final.generation), _GENERATION, on=on)
     if base.options and final.options:
-        rows += _metric_rows((base.options, final.options), _OPTIONS)
+        on = _on(final.options.records, every)
+        rows += _metric_rows((base.options, final.options), _OPTIONS, on=on)
     records = f", {evaluation.records:,} records" if evaluation and evaluation.records else ""
     return TextTable(
         f"On the coordinator's test set{records}",
@@ -52,8 +55,13 @@ _GENERATION = (
 _OPTIONS = (("accuracy", "Accuracy over labels", ".1%"), ("macro_f1", "Macro F1", ".3f"))
 
 
+def _on(records: int, every: int) -> str:
+    """Where a metric is of some of the records only, of how many."""
+    return f" (on {records:,} records)" if 0 < records < every else ""
+
+
 def _metric_rows(
-    pair: tuple[object, object], metrics: tuple[tuple[str, str, str], ...]
+    pair: tuple[object, object], metrics: tuple[tuple[str, str, str], ...], *, on: str = ""
 ) -> Iterator[tuple[str, ...]]:
     for name, said, form in metrics:
         before: float | None = getattr(pair[0], name)
@@ -66,7 +74,7 @@ def _metric_rows(
             change = (
                 f"{100 * (after - before):+.1f} points" if percent else f"{after - before:+{form}}"
             )
-        yield (said, number(before, form), number(after, form), change)
+        yield (said + on, number(before, form), number(after, form), change)
 
 
 def groups_table(evaluation: Evaluation) -> TextTable | None:

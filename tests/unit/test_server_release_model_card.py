@@ -222,8 +222,8 @@ def test_what_the_evaluation_found_stands_beside_the_base(facts: CardFacts) -> N
     card = make_card(facts)
     assert "On 240 central test records" in card
     assert "| loss | 3.000 | 1.500 |" in card
-    assert "| token F1 | 0.100 | 0.500 |" in card
-    assert "| accuracy of the choice | - | 0.750 |" in card
+    assert "| token F1 (on 40 of them) | 0.100 | 0.500 |" in card
+    assert "| accuracy of the choice (on 40 of them) | - | 0.750 |" in card
     assert "| site 2 (worst) | 120 | 1.700 | 3.100 | 0.550 |" in card
     assert "SECRET" not in card
 

@@ -56,6 +56,13 @@ def test_what_people_and_models_wrote_is_escaped(full: str) -> None:
     assert "Aspirin &amp; oxygen." in full
 
 
+def test_a_metric_of_some_of_the_records_says_of_how_many(full: str) -> None:
+    assert "test set, 240 records" in full
+    assert "Token F1 (on 120 records)" in full
+    assert "Macro F1 (on 120 records)" in full
+    assert "Token accuracy (on" not in full
+
+
 def test_the_page_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert str(tmp_path) not in _page(write_run(tmp_path / "run", rounds=1))
 
