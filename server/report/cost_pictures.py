@@ -77,9 +77,12 @@ def cost_pictures(run: RunRecord) -> list[Picture]:
 
 def _seconds(run: RunRecord) -> Picture:
     numbers = [one.number for one in run.rounds]
+    # Where no site releases its seconds, nobody knows how much of the waiting is training.
+    told = any(one.seconds.get("train") for one in run.rounds)
+    phases = _PHASES if told else _PHASES[1:]
     with drawing("seconds") as canvas:
         below = [0.0] * len(numbers)
-        for phase, color in _PHASES:
+        for phase, color in phases:
             values = [one.seconds.get(phase, 0.0) for one in run.rounds]
             _bars(canvas.axes, numbers, values, below=below, color=color, label=phase)
             below = [low + value for low, value in zip(below, values, strict=True)]
@@ -89,7 +92,7 @@ def _seconds(run: RunRecord) -> Picture:
     total = sum(below)
     shares = ", ".join(
         f"{phase} {sum(one.seconds.get(phase, 0.0) for one in run.rounds) / (total or 1.0):.0%}"
-        for phase, _ in _PHASES
+        for phase, _ in phases
     )
     waits = (
         "Sites of a simulation train one after another, so that most of it is waiting."
@@ -99,7 +102,9 @@ def _seconds(run: RunRecord) -> Picture:
     return Picture(
         "seconds",
         "Seconds by phase",
-        f"Training is the slowest site's own word. {waits}",
+        f"Training is the slowest site's own word. {waits}"
+        if told
+        else "Waiting is for the sites, which train and release no seconds of it, and for Flower.",
         f"{total:.0f} seconds in {len(numbers)} rounds: {shares}.",
         canvas.svg,
     )

@@ -63,6 +63,18 @@ def test_a_metric_of_some_of_the_records_says_of_how_many(full: str) -> None:
     assert "Token accuracy (on" not in full
 
 
+def test_training_whose_seconds_no_site_releases_is_not_said_to_take_none(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", rounds=1)
+    page = _page(folder)
+    assert "train 7" in page
+    for name in ("history.jsonl", "summary.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace('"train": 11.5', '"train": 0.0'))
+    page = _page(folder)
+    assert "train 0%" not in page
+    assert "which train and release no seconds of it" in page
+
+
 def test_the_page_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert str(tmp_path) not in _page(write_run(tmp_path / "run", rounds=1))
 
