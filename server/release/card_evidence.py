@@ -233,7 +233,7 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
 def _on_fewer(evaluation: Mapping[str, Any] | None) -> dict[str, str]:
     """Return of how many records each metric is that is not of all of them."""
     models = (evaluation or {}).get("models") or {}
-    found = {}
+    found: dict[str, str] = {}
     for part, names in _PARTS.items():
         records = ((models.get("final") or {}).get(part) or {}).get("records")
         if evaluation is not None and records is not None and records < evaluation["records"]:
