@@ -26,7 +26,8 @@ OWN_GROUP = "model"
 INTERRUPTED = 130
 
 console = Console()
-_errors = Console(stderr=True)
+# What is no answer of a command: trouble on the way, and what goes on.
+notes = Console(stderr=True)
 
 
 def build_app() -> typer.Typer:
@@ -62,7 +63,7 @@ def build_app() -> typer.Typer:
 def set_up_logging(*, verbose: bool) -> None:
     """Send our log to stderr and quieten what libraries say of themselves."""
     level = logging.INFO if verbose else logging.WARNING
-    handler = RichHandler(console=_errors, show_path=False, show_time=verbose)
+    handler = RichHandler(console=notes, show_path=False, show_time=verbose)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     for package in ("common", "client", "server", "simulations"):
         logging.getLogger(package).setLevel(level)
@@ -79,13 +80,13 @@ def main() -> None:
     try:
         build_app()()
     except ConsiliumError as error:
-        _errors.print(f"[bold red]error[/] ({error.code}): ", end="")
-        _errors.print(str(error), markup=False, highlight=False)
+        notes.print(f"[bold red]error[/] ({error.code}): ", end="")
+        notes.print(str(error), markup=False, highlight=False)
         sys.exit(error.exit_code)
     except SystemExit as end:
         # Typer turns Ctrl-C into this exit code before we see it.
         if end.code == INTERRUPTED:
-            _errors.print("[yellow]interrupted[/]; what was saved stands")
+            notes.print("[yellow]interrupted[/]; what was saved stands")
         raise
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common.cli import console
 from common.config import parse_overrides
 from common.errors import ConfigError
-from server.cli_report import say_written
+from server.cli_report import draw_again, say_written
 
 _SECTION = "evaluation."
 
@@ -78,10 +78,11 @@ def evaluate(
             server_round=run.exported_round,
             on_batch=lambda done: bar.advance(task, done),
         )
-    found = replace(found, adapter=run.adapter_digest)
+    found = replace(found, adapter=run.adapter_digest, other_records=bool(files))
     written = found.write(run.folder.evaluation)
     if as_json:
         typer.echo(json.dumps(written, indent=2, allow_nan=False))
+        draw_again(run_dir)
         return
     for table in evaluation_tables(found):
         console.print(table)

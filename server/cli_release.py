@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -130,8 +131,8 @@ def release(
     console.print(
         f"Wrote {target}: the {form} export, README.md (its model card), run.toml, sbom.cdx.json, "
         f"{SIGNATURE}\n"
-        f"Read README.md before you hand it on. Check it: consilium server verify {target} --key "
-        f"{request.key.with_suffix('.pub')}",
+        f"Read README.md before you hand it on. Check it: consilium server verify "
+        f"{quote(str(target))} --key {quote(str(request.key.with_suffix('.pub')))}",
         soft_wrap=True,
         markup=False,
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from common.cli import console
+from common.cli import console, notes
 from common.errors import ConfigError, ConsiliumError
 from common.files import write_atomically
 from server.run_folder import RunFolder
@@ -66,10 +66,14 @@ def run_is_done(run_dir: Path) -> None:
 def say_written(path: Path) -> None:
     """Say that a file was written into a run's folder; a report there is drawn again, with what it says."""
     console.print(f"Wrote {path}", soft_wrap=True, markup=False)
-    if RunFolder(path.parent, "").report.is_file():
-        drawn = try_report(path.parent)
-        if drawn is not None:
-            console.print(f"Drew {drawn} again, with it", soft_wrap=True, markup=False)
+    drawn = draw_again(path.parent)
+    if drawn is not None:
+        console.print(f"Drew {drawn} again, with it", soft_wrap=True, markup=False)
+
+
+def draw_again(run_dir: Path) -> Path | None:
+    """Draw a run's report again where there is one, so that it is not out of date; return its path."""
+    return try_report(run_dir) if RunFolder(run_dir, "").report.is_file() else None
 
 
 def try_report(run_dir: Path) -> Path | None:
@@ -81,12 +85,12 @@ def try_report(run_dir: Path) -> Path | None:
     from server.report.page import write_report
 
     try:
-        with console.status("Drawing the report"):
+        with notes.status("Drawing the report"):
             return write_report(run_dir)
     except ConsiliumError as error:
         trouble = str(error)
     except Exception as error:
         # Whatever what draws may raise: the run is done.
         trouble = f"{type(error).__name__}: {error}"
-    console.print(f"[yellow]No report was written: {escape(trouble)}[/yellow]", soft_wrap=True)
+    notes.print(f"[yellow]No report was written: {escape(trouble)}[/yellow]", soft_wrap=True)
     return None

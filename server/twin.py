@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig, load_run_config
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from server.history import read_events
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, holds_run
 
 GROUP = "consilium.audits"
 _TWIN = "twin"
@@ -70,11 +70,18 @@ def order_twin(run_dir: Path, *, site: str = "", size: int = 0) -> TwinOrder:
 
     site: the one of the largest declared size when "". size: its records, where the run does not tell: a run
     without protection, or one whose batch is as large as the site.
-    Raises ConfigError when the folder holds no finished run, or no such site, or its summary is damaged.
+    Raises ConfigError when the folder holds no run, or no such site, or its summary is damaged;
+    CheckpointError when the run has not finished.
     """
     folder = RunFolder(run_dir, "")
-    if not folder.summary.is_file() or not (run_dir / "run.toml").is_file():
-        raise ConfigError(f"{run_dir} holds no finished run; give the folder that --out named")
+    if not holds_run(run_dir):
+        raise ConfigError(
+            f"{run_dir} holds no run; give the folder that the run wrote, with run.toml"
+        )
+    if not folder.summary.is_file():
+        raise CheckpointError(
+            f"the run in {run_dir} has not finished; let it go on with --resume and come back when it is done"
+        )
     try:
         return _order(folder, site=site, size=size)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -139,7 +139,8 @@ class AtSites:
 class Evaluation:
     """One adapter beside its untouched base. server_round: that made it. adapter, base: digests.
 
-    central: base's and result's on the coordinator's records, None without any. group_by: see `CentralSet`.
+    central: base's and result's on the coordinator's records, None without any. other_records: whether these
+    are not those of the run itself, which its rounds were measured on. group_by: see `CentralSet`.
     """
 
     run_uid: str
@@ -151,6 +152,7 @@ class Evaluation:
     group_by: str = ""
     questions: tuple[AnsweredQuestion, ...] = ()
     at_sites: AtSites | None = None
+    other_records: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return what evaluation.json holds."""
@@ -164,6 +166,7 @@ class Evaluation:
             "adapter": self.adapter,
             "base": self.base,
             "records": self.records,
+            "other_records": self.other_records,
             "models": models,
             "group_column": self.group_by,
             "worst_group": self.central[1].worst_group if self.central else "",

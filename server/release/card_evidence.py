@@ -198,8 +198,9 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
         fewer = _on_fewer(evaluation)
         records = f"{evaluation['records']} " if evaluation and evaluation["models"] else ""
         lines += [
-            f"On {records}central test records, which the coordinator chose (whether a site trained on any "
-            f"of them, nobody checked); base in {run.config.model.quantization}, as in training:",
+            f"On {records}{measured_records(evaluation)}, which the coordinator chose (whether a site "
+            "trained on any of them, nobody checked); base in "
+            f"{run.config.model.quantization}, as in training:",
             "",
             *table(
                 ("metric", "untouched base", "this model"),
@@ -228,6 +229,13 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
             f"({_number(all_sites['base_token_accuracy'], '-')}).{outside}",
         ]
     return lines
+
+
+def measured_records(evaluation: Mapping[str, Any] | None) -> str:
+    """Return what the metrics were measured on; the rounds were always on the run's own records."""
+    if evaluation and evaluation["models"] and evaluation.get("other_records"):
+        return "test records other than the run's own"
+    return "central test records"
 
 
 def _on_fewer(evaluation: Mapping[str, Any] | None) -> dict[str, str]:

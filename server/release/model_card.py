@@ -14,6 +14,7 @@ from server.release.card_evidence import (
     evaluation_lines,
     group_lines,
     is_protected,
+    measured_records,
     metrics_of,
     privacy_lines,
 )
@@ -94,7 +95,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
             task_type="text-generation",
             task_name="Text generation",
             dataset_type="private",
-            dataset_name="the coordinator's central test records",
+            dataset_name=f"the coordinator's {measured_records(facts.evidence.evaluation)}",
             metric_type=_METRIC_TYPES[name],
             metric_name=name.replace("_", " ") + measured,
             metric_value=round(value, 6),

@@ -105,6 +105,7 @@ class Evaluation(_Part):
     run: str = ""
     round: int | None = None
     records: int = 0
+    other_records: bool = False
     models: EvaluatedModels = EvaluatedModels()
     group_column: str | None = None
     worst_group: str | None = None

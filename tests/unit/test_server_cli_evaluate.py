@@ -84,6 +84,20 @@ def test_other_records_and_json(run_dir: Path, tmp_path: Path) -> None:
     said = _evaluate(run_dir, "--data", other, "--json")
     assert json.loads(said) == _written(run_dir)
     assert json.loads(said)["records"] == 2
+    assert json.loads(said)["other_records"] is True
+    _evaluate(run_dir)
+    assert _written(run_dir)["other_records"] is False
+
+
+def test_json_draws_a_report_that_is_there_again_too(run_dir: Path, tmp_path: Path) -> None:
+    page = run_dir / "report.html"
+    page.write_text("old")
+    other = _records(tmp_path / "other.jsonl", "a", "b")
+    json.loads(_evaluate(run_dir, "--data", other, "--json"))
+    assert "On other records, named for this evaluation, 2 records" in page.read_text()
+    assert "On the coordinator&#x27;s test set" not in page.read_text()
+    _evaluate(run_dir)
+    assert "named for this evaluation" not in page.read_text()
 
 
 def test_what_sites_counted_once_is_kept(run_dir: Path) -> None:

@@ -228,6 +228,14 @@ def test_what_the_evaluation_found_stands_beside_the_base(facts: CardFacts) -> N
     assert "SECRET" not in card
 
 
+def test_records_that_are_not_the_runs_own_are_not_called_so(facts: CardFacts) -> None:
+    evidence = replace(facts.evidence, evaluation={**EVALUATION, "other_records": True})
+    card = make_card(replace(facts, evidence=evidence))
+    assert "On 240 test records other than the run's own, which the coordinator chose" in card
+    assert "name: the coordinator's test records other than the run's own" in card
+    assert "central test records" not in card
+
+
 def test_without_an_evaluation_the_runs_own_loss_stands(facts: CardFacts) -> None:
     card = make_card(replace(facts, evidence=Evidence(None, None)))
     assert "| loss | 4.000 | 2.000 |" in card

@@ -87,7 +87,7 @@ def test_a_report_that_cannot_be_drawn_does_not_spoil_the_end_of_a_run(
 
     monkeypatch.setattr("server.report.page.write_report", no_font)
     assert try_report(tmp_path) is None
-    assert "No report was written: RuntimeError: no font is found" in capsys.readouterr().out
+    assert "No report was written: RuntimeError: no font is found" in capsys.readouterr().err
 
 
 def test_each_picture_has_a_title_a_caption_and_words_for_it(full: str) -> None:

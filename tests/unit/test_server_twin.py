@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import server.cli_attack
 import simulations.attack.twin
 from common.config import RunConfig
-from common.errors import ConfigError, ModelError, SignatureError
+from common.errors import CheckpointError, ConfigError, ModelError, SignatureError
 from server.cli import app
 from server.history import History
 from server.run_folder import run_toml
@@ -61,9 +61,13 @@ def test_a_run_that_does_not_tell_its_size_is_told_it(tmp_path: Path) -> None:
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no finished run"):
+    with pytest.raises(ConfigError, match="holds no run; give the folder"):
         order_twin(tmp_path)
     folder = _write_run(tmp_path / "run", {})
+    (folder / "summary.json").rename(folder / "kept")
+    with pytest.raises(CheckpointError, match="has not finished; let it go on with --resume"):
+        order_twin(folder)
+    (folder / "kept").rename(folder / "summary.json")
     with pytest.raises(ConfigError, match="no site replied"):
         order_twin(folder)
     folder = _write_run(tmp_path / "other", {"north": {**ROW, "sample_rate": 0.5, "steps": 20}})

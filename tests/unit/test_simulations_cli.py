@@ -153,7 +153,7 @@ def test_a_report_that_cannot_be_drawn_does_not_spoil_the_run(
     monkeypatch.setattr("server.report.page.write_report", fail)
     ended = simulate("run", scenario / "run.toml", "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert "No report was written: OSError: no space left" in ended.out
+    assert "No report was written: OSError: no space left" in ended.err
     assert _last_line(ended.out).endswith("checkpoints/")
 
 
