@@ -268,7 +268,7 @@ def test_only_so_many_records_of_a_patient_are_read_and_others_each_time(base: B
 
     draws = examples.read[:6]
     assert all(len(set(draw)) == len(draw) == 3 for draw in draws)
-    # The same three of fifty twice in six draws: a chance of about 1 in 1,300.
+    # Two repeats among six draws of three of fifty (one in 19,600 each pair): 1 run in five million.
     assert len({tuple(sorted(draw)) for draw in draws}) > 4
 
 
@@ -375,8 +375,8 @@ def test_noise_goes_to_the_trained_factor_and_the_other_stays_bit_for_bit(
 
     for name, pair in start.pairs.items():
         moved = {"a": (after.pairs[name].A != pair.A), "b": (after.pairs[name].B != pair.B)}
-        # Noise reaches every coordinate.
-        assert moved.pop(factors).all()
+        # Noise reaches every coordinate; one of some ten million comes back to where it was, in float32.
+        assert (~moved.pop(factors)).sum() <= 1
         assert not any(other.any() for other in moved.values())
 
 
@@ -442,10 +442,10 @@ def test_noise_of_the_calibrated_size_is_added_to_every_coordinate(
         write_adapter(model, start)
         moved = after - _flat(model)
 
-    # sigma * C / B * lr = 2 * 0.5 / 2 * 1 = 0.5, over 4,096 coordinates: standard error 0.0055.
+    # sigma * C / B * lr = 2 * 0.5 / 2 * 1 = 0.5, over 4,096 coordinates: standard errors 0.0055 and 0.0078.
     assert len(moved) == 4096
-    assert float(moved.std()) == pytest.approx(0.5, abs=0.03)
-    assert abs(float(moved.mean())) < 0.04
+    assert float(moved.std()) == pytest.approx(0.5, abs=0.035)
+    assert abs(float(moved.mean())) < 0.05
 
 
 def test_neither_noise_nor_divisor_depends_on_how_many_there_are(base: BaseModel) -> None:
