@@ -26,7 +26,8 @@ from common.schedule import scheduled_rate
 from tests.unit.tiny import CONFIGS, make_examples, tiny_base
 
 LORA = LoraSection(rank=4, alpha=8.0)
-DP = DpSettings(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.8)
+# Of nine records or four patients one at least is drawn, but for once in 10^8 steps.
+DP = DpSettings(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.99)
 PATIENT_DP = replace(DP, max_records_per_patient=3)
 PATIENTS = [[0, 3, 4], [1], [2, 5], [6, 7, 8]]
 PLAIN = TrainSection(rounds=2, local_steps=3, batch_size=4, micro_batch_size=4, learning_rate=1e-2)
