@@ -10,10 +10,14 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# A busy machine is no failure: no test is timed.
-settings.register_profile("consilium", deadline=None)
+# A busy machine is no failure: no test is timed. Nor is luck: each law has the same examples in every run,
+# and others only where somebody asks for them (pytest --hypothesis-profile=explore).
+settings.register_profile(
+    "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False
+)
+settings.register_profile("consilium", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("consilium")
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -149,14 +149,16 @@ def test_a_number_that_rounds_up_to_infinity_may_not_leave() -> None:
         check_numbers({"train-loss": 1.797e308}, released=("train-loss",), digits=2)
 
 
+@example(value=11026412.417954745, digits=16)
 @given(
     value=st.floats(-1e300, 1e300).filter(lambda value: value == 0 or abs(value) > 1e-300),
     digits=st.integers(1, 17),
 )
 def test_rounding_is_within_half_a_digit_and_once_is_enough(value: float, digits: int) -> None:
-    """The least significant of n digits of a number is at most 10^(1-n) of it."""
+    """The last of n digits of a number is at most 10^(1-n) of it; a float adds its own rounding."""
     once = check_numbers({"train-loss": value}, released=("train-loss",), digits=digits)
     twice = check_numbers(once, released=("train-loss",), digits=digits)
 
     assert twice == once
-    assert abs(once["train-loss"] - value) <= 0.5000001 * 10.0 ** (1 - digits) * abs(value)
+    half = 0.5000001 * 10.0 ** (1 - digits) * abs(value) + math.ulp(value)
+    assert abs(once["train-loss"] - value) <= half
