@@ -182,6 +182,14 @@ def test_the_command_writes_into_the_runs_folder_and_says_so(tmp_path: Path) -> 
     assert "Four sites" in (folder / "report.html").read_text()
 
 
+def test_a_folders_name_is_no_markup(tmp_path: Path) -> None:
+    """Square brackets are a terminal's markup: "[/v2]" ended the command, "[red]" was left out."""
+    folder = write_run(tmp_path / "run [red] [" / "v2]")
+    result = _report(folder)
+    assert result.exit_code == 0
+    assert f"Wrote {folder}/report.html" in result.output
+
+
 def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a" / "run")
     second = write_run(
