@@ -15,7 +15,7 @@ from common.flower_process import free_port
 from common.process_guard import guarded_processes
 from server.report.serving_address import answers, page_address
 
-_START_S = 20.0
+_START_S = 60.0
 _PROJECT = Path(__file__).resolve().parents[2]
 
 

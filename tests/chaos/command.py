@@ -39,7 +39,7 @@ class Command:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=180)
+        self._process.communicate(timeout=240)
 
     def __call__(self, *arguments: str) -> int:
         """Run `consilium ARGUMENTS` and return its exit status."""

@@ -72,7 +72,7 @@ class Agent:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait(240)
         self._process.stdout.close()
 
 

@@ -65,7 +65,7 @@ def running_agent(folder: Path) -> Iterator[AgentProcess]:
 def wait_until(
     condition: Callable[[], object],
     *,
-    timeout_s: float = 90.0,
+    timeout_s: float = 300.0,
     process: subprocess.Popen[bytes] | None = None,
 ) -> None:
     """Return once a condition holds. process: must live meanwhile."""

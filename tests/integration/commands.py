@@ -24,13 +24,14 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 import tomli_w
 
 from common.config import Scalar, read_toml
-from common.flower_process import free_port, http_answers
+from common.flower_process import http_answers
 from common.process_guard import guarded_processes
 from common.supervisor_state import read_supervisor_state
 from server.coordinator import load_coordinator
 from simulations.embedded import embedded_model_dir
 from tests.integration.certificates import write_node_key, write_server_certificates
 from tests.integration.sites import make_lab
+from tests.ports import free_port
 
 CONSILIUM = str(Path(sys.executable).parent / "consilium")
 
@@ -184,7 +185,7 @@ class Commands:
             preexec_fn=_hear_interrupts,
         )
 
-    def run(self, *arguments: str, timeout_s: float = 180) -> tuple[int, str]:
+    def run(self, *arguments: str, timeout_s: float = 240) -> tuple[int, str]:
         """Run `consilium ARGUMENTS`; return its exit code and output."""
         with self.start(*arguments) as process:
             try:
@@ -235,7 +236,7 @@ class Commands:
         return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
     def wait_until(
-        self, condition: Callable[[], object], what: str, *, timeout_s: float = 180
+        self, condition: Callable[[], object], what: str, *, timeout_s: float = 300
     ) -> None:
         """Return once a condition holds; fail, with the end of every log, when it does not in time."""
         deadline = time.monotonic() + timeout_s

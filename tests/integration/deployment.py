@@ -22,10 +22,11 @@ from typing import Self
 
 import tomli_w
 
-from common.flower_process import flower_environment, free_port
+from common.flower_process import flower_environment
 from common.process_guard import guarded_processes
 from server.flower_control import ControlError, FlowerControl
 from tests.integration.certificates import write_node_key, write_server_certificates
+from tests.ports import free_port
 
 _CONNECTION = "lab"
 _TAIL_LINES = 25

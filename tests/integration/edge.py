@@ -87,7 +87,7 @@ def running_edge(
     assert checked.returncode == 0, checked.stderr
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 120
             while not http_answers("127.0.0.1", port, tls=True):
                 assert process.poll() is None, (folder / "nginx-error.log").read_text()
                 assert time.monotonic() < deadline, (folder / "nginx-error.log").read_text()

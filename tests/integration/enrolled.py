@@ -8,12 +8,12 @@ import tomli_w
 import tomlkit
 
 from common.config import Scalar
-from common.flower_process import free_port
 from common.model_folder import digest_model
 from simulations.embedded import embedded_model_dir
 from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
 from tests.integration.commands import Commands, Federation
 from tests.integration.sites import SMALL
+from tests.ports import free_port
 
 
 def plan_federation(folder: Path, changes: dict[str, Scalar] | None = None) -> Federation:

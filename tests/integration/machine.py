@@ -224,7 +224,7 @@ class Machine:
             text=True,
         )
 
-    def run(self, *command: str, user: str = "root", timeout_s: float = 120) -> str:
+    def run(self, *command: str, user: str = "root", timeout_s: float = 240) -> str:
         """Run a command in it, which must succeed, and return what it said."""
         with self.start(*command, user=user) as process:
             try:

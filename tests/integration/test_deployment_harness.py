@@ -30,7 +30,7 @@ def test_two_rounds_on_two_authenticated_nodes_over_tls(
     deployment.add_node("south", environment={"CONSILIUM_PROBE": "s"})
     out = tmp_path / "out.json"
     run_id = deployment.submit({"out": str(out)})
-    assert deployment.wait(run_id, timeout_s=150) == "finished:completed"
+    assert deployment.wait(run_id, timeout_s=300) == "finished:completed"
     seen = json.loads(out.read_text())
     for replies in seen["rounds"]:
         assert sorted(reply["probe"] for reply in replies) == ["n", "s"]
@@ -50,5 +50,5 @@ def test_a_node_whose_key_is_not_registered_is_refused(deployment: Deployment) -
 
 def test_a_server_app_that_raises_ends_the_run_as_failed(deployment: Deployment) -> None:
     run_id = deployment.submit({"fail": True})
-    assert deployment.wait(run_id, timeout_s=150) == "finished:failed"
+    assert deployment.wait(run_id, timeout_s=300) == "finished:failed"
     assert "asked to fail" in deployment.log_file(f"run-{run_id}").read_text()

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.commands import Commands
 from tests.integration.enrolled import make_and_enrol, must, plan_federation
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 # Flower's exit code 305, as a process can give it: the SuperLink does not let this node in.
 REFUSED = "supernode ended with exit code 49"
@@ -44,7 +44,7 @@ def _wait_for_online(commands: Commands, count: int) -> None:
         nodes = commands.status()["nodes"]
         return nodes is not None and sum(node["online"] for node in nodes) == count
 
-    commands.wait_until(is_so, f"{count} nodes are online", timeout_s=120)
+    commands.wait_until(is_so, f"{count} nodes are online", timeout_s=300)
 
 
 def _log(commands: Commands, who: str) -> str:
@@ -54,7 +54,7 @@ def _log(commands: Commands, who: str) -> str:
 
 def _wait_for_refusal(commands: Commands, who: str, *, after: int) -> None:
     commands.wait_until(
-        lambda: _log(commands, who).count(REFUSED) > after, f"{who} is refused", timeout_s=120
+        lambda: _log(commands, who).count(REFUSED) > after, f"{who} is refused", timeout_s=300
     )
 
 

@@ -25,7 +25,7 @@ host, port, user, *paths = sys.argv[1:]
 context = ssl._create_unverified_context()
 found = {}
 for path in paths:
-    connection = http.client.HTTPSConnection(host, int(port), timeout=20, context=context)
+    connection = http.client.HTTPSConnection(host, int(port), timeout=120, context=context)
     connection.connect()
     if int(user) != os.geteuid():
         # As the system sees it, the connection is that user's from now on.

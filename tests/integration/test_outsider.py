@@ -40,7 +40,7 @@ from tests.integration.outsider_app import write_outsider_app
 from tests.integration.spoofer import Spoofer
 from tests.integration.wiretap import Wiretap, listening
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 SETTINGS = {"train.rounds": 2, "federation.deadline-s": 600.0}
 TRUE, TAPPED, OTHER = "harbour", "north", "st-anne"
@@ -196,7 +196,7 @@ def test_a_bundle_of_his_own_gets_no_hospital_to_train(started: Started, tmp_pat
     # His code does run there.
     run = flwr.submit(app, tmp_path / "over.toml")
     found_file = app / "found.json"
-    started.commands.wait_until(found_file.exists, "both have answered", timeout_s=120)
+    started.commands.wait_until(found_file.exists, "both have answered", timeout_s=300)
     flwr.stop(run)
     found = json.loads(found_file.read_text())
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from common.flower_process import free_port
 from simulations.embedded import embedded_model_dir
 from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
 from tests.integration.commands import Commands, Federation
 from tests.integration.enrolled import allow
 from tests.integration.sites import SMALL
+from tests.ports import free_port
 
 pytestmark = pytest.mark.integration
 

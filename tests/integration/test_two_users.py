@@ -25,7 +25,7 @@ from common.signing import SigningKey
 from server.provisioning import init_coordinator
 from tests.integration.machine import PYTHON, SHIPPED, Machine
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 COORDINATOR, ELSEWHERE, NAMES = "203.0.113.10", "198.51.100.7", "198.51.100.53"
 AGENT, SOCKET = "/var/lib/consilium-agent", "/run/consilium/agent.sock"

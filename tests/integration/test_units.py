@@ -16,7 +16,7 @@ from simulations.synthetic import SyntheticSpec, generate_hospitals, write_jsonl
 from tests.integration.machine import Machine
 from tests.integration.sites import SMALL
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 COORDINATOR, AGENT = "/var/lib/consilium-coordinator", "/var/lib/consilium-agent"
 NODE, SOCKET = "/var/lib/consilium-node", "/run/consilium/agent.sock"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from common.flower_process import free_port
 from common.process_guard import guarded_processes
 from tests.integration.test_readme import README, shape
+from tests.ports import free_port
 
 pytestmark = pytest.mark.integration
 

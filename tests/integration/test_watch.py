@@ -12,7 +12,7 @@ from server.report.serving_address import answers
 from tests.integration.commands import Commands
 from tests.integration.enrolled import must, plan_federation
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def test_reports_are_served_while_up_runs_and_by_a_process_that_draws_nothing(

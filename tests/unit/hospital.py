@@ -54,6 +54,7 @@ class Hospital:
             "site": "north",
             "server_round": server_round,
             "attempt": 1,
+            # Long: a busy machine may need a minute to start an agent and train.
             "expires_at": int(time.time()) + 900,
             "base_digest": self.base_digest,
             "adapter_digest": self.adapter.digest(),

@@ -25,6 +25,7 @@ from common.flower_process import http_answers
 from common.process_guard import Guard, guarded_processes
 from common.supervisor import ChildSpec, Supervisor, Timing
 from common.supervisor_state import ChildState, read_supervisor_state
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 FAST = Timing(
@@ -188,9 +189,7 @@ def test_patience_has_an_end(room: Room, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_stopped_child_that_had_answered_is_killed_and_started_again(room: Room) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     answers: list[bool] = []
 
     def probe() -> bool:
@@ -317,6 +316,7 @@ import sys
 from pathlib import Path
 from common.process_guard import guarded_processes
 from common.supervisor import ChildSpec, Supervisor
+from tests.ports import free_port
 folder = Path(sys.argv[1])
 import os
 import re
