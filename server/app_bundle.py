@@ -1,7 +1,7 @@
-"""The folder that Flower makes the app bundle of.
+"""The folder that Flower makes the app bundle of: a copy of the packages' code, and nothing else.
 
-A checkout is one. What pip installed is none: its packages lie among everybody else's, and no pyproject.toml
-comes with them.
+Flower walks the whole folder for each submission. What pip installed lies among everybody else's packages,
+and a checkout may hold a virtual environment of 80,000 files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 import tomli_w
 
 from common.config import default_table
-from common.files import write_atomically
 from server.launch import APP_DIR
 
 _PACKAGES = ("server", "client", "common")
@@ -26,23 +25,33 @@ _FLOWER_APP = {
 
 
 def app_folder(home: Path, *, installed: Path = APP_DIR) -> Path:
-    """Return the folder of the app: the checkout, or a copy in `home` of the packages that are installed.
+    """Return the folder of the app: a copy in `home` of the packages that are installed.
 
-    home: of Flower's own files. installed: where the packages are. A copy is made anew each time, since an
-    upgrade exchanges them.
+    home: of Flower's own files. installed: where the packages are, a checkout or what pip made. A copy that
+    differs is made anew, since an upgrade exchanges them; one that does not is left, since a full disk
+    must not keep a coordinator from starting again.
     """
-    if (installed / "pyproject.toml").is_file():
-        return installed
     folder = home / "app"
-    shutil.rmtree(folder, ignore_errors=True)
+    described = installed / "pyproject.toml"
+    wanted = {
+        "pyproject.toml": described.read_bytes() if described.is_file() else _pyproject().encode()
+    }
     for package in _PACKAGES:
-        shutil.copytree(installed / package, folder / package, ignore=_all_but_code)
-    write_atomically(folder / "pyproject.toml", _pyproject().encode())
+        for path in (installed / package).rglob("*.py"):
+            wanted[path.relative_to(installed).as_posix()] = path.read_bytes()
+    if wanted != _contents(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, content in wanted.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     return folder
 
 
-def _all_but_code(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if Path(folder, name).is_file() and not name.endswith(".py")]
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path; nothing of one that is not there."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def _pyproject() -> str:

@@ -13,6 +13,7 @@ from client.app import SITES_VARIABLE
 from client.ledger import Ledger
 from common.config import RunConfig
 from common.model import choose_device, load_base, release_base
+from server.app_bundle import app_folder
 from server.evaluation import evaluate_model, load_central_examples
 from server.launch import LAUNCH_VARIABLE
 from server.run_folder import RunFolder
@@ -20,8 +21,6 @@ from tests.integration.deployment import Deployment
 from tests.integration.sites import Lab, make_lab
 
 pytestmark = pytest.mark.integration
-
-APP_DIR = Path(__file__).parents[2]
 
 
 def test_two_rounds_on_two_hospitals_and_the_export_gives_the_runs_loss(tmp_path: Path) -> None:
@@ -31,7 +30,8 @@ def test_two_rounds_on_two_hospitals_and_the_export_gives_the_runs_loss(tmp_path
     )
     assert SITES_VARIABLE not in lab.launch("a" * 32)
     environment = {LAUNCH_VARIABLE: str(lab.launch_dir), "OMP_NUM_THREADS": "1"}
-    with Deployment(tmp_path / "flower", APP_DIR, server_environment=environment) as deployment:
+    app_dir = app_folder(tmp_path)
+    with Deployment(tmp_path / "flower", app_dir, server_environment=environment) as deployment:
         for site in lab.roster:
             deployment.add_node(
                 site,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -16,14 +17,28 @@ from server.app_bundle import app_folder
 CHECKOUT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    """The packages as a wheel brings them, beside somebody else's."""
-    folder = tmp_path / "site-packages"
+def _write_packages(folder: Path) -> Path:
+    """The packages, beside somebody else's."""
     for package in ("server", "client", "common", "simulations"):
         shutil.copytree(CHECKOUT / package, folder / package)
     (folder / "other").mkdir()
     (folder / "other" / "secret.py").write_text("x = 1\n")
+    return folder
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """As a wheel brings them."""
+    return _write_packages(tmp_path / "site-packages")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """As git does, and a virtual environment."""
+    folder = _write_packages(tmp_path / "checkout")
+    shutil.copy(CHECKOUT / "pyproject.toml", folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "more.py").write_text("y = 1\n")
     return folder
 
 
@@ -33,21 +48,40 @@ def _contents(folder: Path) -> dict[str, bytes]:
         return {name: bundle.read(name) for name in bundle.namelist() if name.endswith(".py")}
 
 
-def test_a_checkout_is_its_own_folder(tmp_path: Path) -> None:
-    assert app_folder(tmp_path / "home") == CHECKOUT
-    assert not (tmp_path / "home").exists()
-
-
 # Flower's own way to read patterns.
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
-def test_what_pip_installed_gives_the_same_bundle_as_the_checkout(
-    installed: Path, tmp_path: Path
+def test_a_checkout_and_what_pip_installed_give_the_same_bundle(
+    checkout: Path, installed: Path, tmp_path: Path
 ) -> None:
+    wanted = _contents(checkout)
+    assert {name.partition("/")[0] for name in wanted} == {"server", "client", "common"}
+    assert _contents(app_folder(tmp_path / "home-1", installed=checkout)) == wanted
+    assert _contents(app_folder(tmp_path / "home-2", installed=installed)) == wanted
+
+
+def test_the_app_is_described_as_in_the_checkout(installed: Path, tmp_path: Path) -> None:
     made = app_folder(tmp_path / "home", installed=installed)
-    assert _contents(made) == _contents(CHECKOUT)
     read, wanted = read_toml(made / "pyproject.toml"), read_toml(CHECKOUT / "pyproject.toml")
     assert read["tool"]["flwr"] == wanted["tool"]["flwr"]
     assert read["project"] == {name: wanted["project"][name] for name in read["project"]}
+
+
+def test_flower_walks_nothing_but_the_code(checkout: Path, tmp_path: Path) -> None:
+    made = app_folder(tmp_path / "home", installed=checkout)
+    assert sorted(path.name for path in made.iterdir()) == [
+        "client", "common", "pyproject.toml", "server",
+    ]  # fmt: skip
+    assert {path.suffix for path in made.rglob("*") if path.is_file()} == {".py", ".toml"}
+    described = (made / "pyproject.toml").read_bytes()
+    assert described == (checkout / "pyproject.toml").read_bytes()
+
+
+def test_a_copy_that_is_the_same_is_left_as_it_is(installed: Path, tmp_path: Path) -> None:
+    """So that a full disk keeps no coordinator from starting again."""
+    made = app_folder(tmp_path / "home", installed=installed)
+    os.utime(made / "server" / "app.py", (1, 1))
+    assert app_folder(tmp_path / "home", installed=installed) == made
+    assert (made / "server" / "app.py").stat().st_mtime == 1
 
 
 def test_after_an_upgrade_the_copy_is_the_new_one(installed: Path, tmp_path: Path) -> None:
