@@ -30,6 +30,8 @@ from tests.ports import free_port
 
 _CONNECTION = "lab"
 _TAIL_LINES = 25
+# Each look costs about a second of one core, which the processes that are looked at need.
+_STATUS_INTERVAL_S = 4.0
 
 Scalar = str | int | float | bool
 
@@ -175,7 +177,7 @@ class Deployment:
             if status.startswith("finished"):
                 self._control.save_log(run_id, self.log_file(f"run-{run_id}"))
                 return status
-            time.sleep(0.5)
+            time.sleep(_STATUS_INTERVAL_S)
         self._control.save_log(run_id, self.log_file(f"run-{run_id}"))
         raise self._error(f"run {run_id} has not finished within {timeout_s:g} s")
 
