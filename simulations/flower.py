@@ -49,7 +49,7 @@ class FlowerEngine:
     gpus_per_site: float = 0.0
     startup_timeout_s: float = 120.0  # each of: SuperLink answers; the submitted run is running
     poll_interval_s: float = 0.5
-    status_interval_s: float = 2.0  # each look costs about a second of one core
+    status_interval_s: float = 5.0  # each look costs about a second of one core
 
     def __post_init__(self) -> None:
         """Raise EngineError where Flower would start everything first and fail then."""
