@@ -35,7 +35,7 @@ def evaluate(
 ) -> None:
     """Measure a finished run's result beside its untouched base, and write evaluation.json."""
     # Only here, because they load torch.
-    from server.evaluation import central_files, planned_passes
+    from server.evaluation import planned_passes, record_files
     from server.evaluation_tables import evaluation_tables
     from server.finished_run import find_base, load_finished_run
     from server.prepared_run import prepare_run
@@ -49,7 +49,7 @@ def evaluate(
         )
     run = load_finished_run(run_dir)
     config = run.config.replace(changes)
-    files = [file for path in data or () for file in central_files(str(path))]
+    files = record_files(data or ())
     prepared = prepare_run(
         config,
         models={config.model.name: find_base(run, given=model)},

@@ -53,6 +53,7 @@ def export(
 ) -> None:
     """Export a finished run's model, load it back, and measure that it is the same one."""
     # Only here, because they load torch.
+    from server.evaluation import record_files
     from server.export.folder import check_place, placing
     from server.export.model import STEPS, ExportRequest, write_export
     from server.finished_run import find_base, load_finished_run
@@ -61,7 +62,9 @@ def export(
     check_place(target, within=within, force=force)
     run = load_finished_run(run_dir)
     base = find_base(run, given=model)
-    request = ExportRequest(run, base, form, dtype, measured_files(data) or run.central_files)
+    request = ExportRequest(
+        run, base, form, dtype, tuple(record_files(data or ())) or run.central_files
+    )
     with (
         progress(f"export {form}", STEPS) as on_step,
         placing(target, within=within, force=force) as folder,
@@ -104,6 +107,7 @@ def release(
 ) -> None:
     """Export a finished run's model with a model card, a list of parts, and a signature over all of it."""
     # Only here, because they load torch.
+    from server.evaluation import record_files
     from server.export.folder import check_place, placing
     from server.export.model import ExportRequest
     from server.finished_run import find_base, load_finished_run
@@ -113,7 +117,7 @@ def release(
     target, within = (out, None) if out else (run_dir / "release", run_dir)
     check_place(target, within=within, force=force)
     run = load_finished_run(run_dir)
-    files = measured_files(data) or run.central_files
+    files = tuple(record_files(data or ())) or run.central_files
     request = ReleaseRequest(
         ExportRequest(run, find_base(run, given=model), form, dtype, files),
         key=key or run_dir.resolve().parent.parent / PRIVATE_FILE,
@@ -196,13 +200,6 @@ def verify(
 def _shown(path: str) -> str:
     """A path as a terminal may show it: whoever added a file chose its name."""
     return escape(path if path.isprintable() else ascii(path))
-
-
-def measured_files(data: list[Path] | None) -> tuple[Path, ...]:
-    """Return the files of records that a person named. Raises DataError when one is missing."""
-    from server.evaluation import central_files
-
-    return tuple(file for path in data or () for file in central_files(str(path)))
 
 
 @contextmanager

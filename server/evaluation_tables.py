@@ -18,7 +18,7 @@ def evaluation_tables(evaluation: Evaluation) -> Iterator[Table]:
         yield _metrics(base, final, records=evaluation.records)
         if final.groups:
             yield _groups(base, final, column=evaluation.group_by)
-        if final.options is not None:
+        if final.options is not None and final.options.confusion:
             yield _confusion(final.options)
     if evaluation.at_sites is not None and evaluation.at_sites.sites:
         yield _sites(evaluation.at_sites)

@@ -109,7 +109,7 @@ def screen_sums(reply: Reply, *, max_length: int) -> SiteSums:
     possible = (
         1 <= records <= _MAX_RECORDS
         and 1 <= tokens <= 2 * records * max_length
-        and all(0 <= count <= 1.1 * tokens for count in (correct, base_correct))
+        and all(0 <= count <= tokens for count in (correct, base_correct))
         and all(0 <= total <= _MAX_NATS * tokens for total in (nll, base_nll))
     )
     if not possible:

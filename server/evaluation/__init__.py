@@ -10,6 +10,7 @@ from server.evaluation.central import (
     central_files,
     load_central_examples,
     load_central_set,
+    record_files,
 )
 from server.evaluation.compare import compare_with_base, pick_questions, planned_passes
 from server.evaluation.counts import CentralCounts
@@ -32,4 +33,5 @@ __all__ = [
     "load_central_set",
     "pick_questions",
     "planned_passes",
+    "record_files",
 ]

@@ -39,12 +39,25 @@ def central_files(central_data: str, *, relative_to: Path = Path()) -> list[Path
 
     A folder stands for its *.jsonl files. Raises DataError when one of them is missing.
     """
+    parts = filter(None, (part.strip() for part in central_data.split(",")))
+    try:
+        return record_files([relative_to / part for part in parts])
+    except DataError as error:
+        raise DataError(f"evaluation.central-data: {error}") from None
+
+
+def record_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files of records at these paths; a folder stands for its *.jsonl files.
+
+    Raises DataError when one of them is missing.
+    """
     files: list[Path] = []
-    for part in filter(None, (part.strip() for part in central_data.split(","))):
-        path = relative_to / part
+    for path in paths:
         found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not found or not found[0].is_file():
-            raise DataError(f"evaluation.central-data: no records at {path}")
+            raise DataError(
+                f"no records at {path}; name a file of them, or a folder of *.jsonl files"
+            )
         files += found
     return files
 

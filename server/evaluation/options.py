@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -60,7 +61,8 @@ def measure_options(
     """Return how a model chooses among labels, each scored as log P(label, end of text | prompt).
 
     The end of text is part of it, so that labels of any length compare as whole answers. A prompt that is
-    too long is cut to what the longest label leaves of data.max-length, for all labels alike.
+    too long is cut to what the longest label leaves of data.max-length, for all labels alike. A model that
+    gives a label no number has chosen nothing: its metrics are NaN, and it has no confusion.
     on_batch: is told how many records each batch held, label after label.
     """
     from torchmetrics.functional.classification import (
@@ -82,7 +84,10 @@ def measure_options(
             model, base, examples, batch_size=config.evaluation.batch_size, on_batch=on_batch
         )
         costs.append([one.nll for one in sums])
-    chosen = torch.tensor(costs, dtype=torch.float64).argmin(dim=0)
+    scores = torch.tensor(costs, dtype=torch.float64)
+    if scores.isnan().any():
+        return OptionMetrics(tuple(labels), math.nan, math.nan, (), len(prompts))
+    chosen = scores.argmin(dim=0)
     true = torch.tensor([list(labels).index(_label(prompt.output)) for prompt in prompts])
     count = len(labels)
     confusion = multiclass_confusion_matrix(chosen, true, num_classes=count)

@@ -48,7 +48,7 @@ class OptionMetrics:
     """How well a model chooses among answers that are given.
 
     accuracy: share of records whose likeliest option is the true one. macro_f1: mean F1 of the labels.
-    confusion: [true][chosen] counts, in the order of `labels`.
+    confusion: [true][chosen] counts, in the order of `labels`; () where a model's choice is no number.
     """
 
     labels: tuple[str, ...]

@@ -80,7 +80,7 @@ def test_everything_that_is_asked_for_is_shown_and_written(run_dir: Path) -> Non
 
 
 def test_other_records_and_json(run_dir: Path, tmp_path: Path) -> None:
-    other = _records(tmp_path / "other.jsonl", "a", "b")
+    other = _records(tmp_path / "other, and more.jsonl", "a", "b")
     said = _evaluate(run_dir, "--data", other, "--json")
     assert json.loads(said) == _written(run_dir)
     assert json.loads(said)["records"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_the_likeliest_whole_answer_is_chosen_and_counted(plain: BaseModel) -> N
     # F1: yes 2/3, no 2/3, maybe 1.
     assert found.macro_f1 == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert (found.labels, found.records) == (LABELS, 4)
+
+
+def test_a_model_that_diverged_has_chosen_nothing(plain: BaseModel) -> None:
+    """The smallest of numbers that are none would be the first label, and that often enough the true one."""
+
+    class Diverged(nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=torch.full((*input_ids.shape, 300), torch.nan))
+
+    prompts = _prompts("yes", "yes")
+    found = measure_options(Diverged(), plain, prompts, labels=LABELS, config=CONFIG)
+    assert math.isnan(found.accuracy)
+    assert math.isnan(found.macro_f1)
+    assert (found.confusion, found.records) == ((), 2)
 
 
 def test_an_option_that_begins_like_another_is_not_preferred_for_being_shorter(
