@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -217,10 +218,11 @@ def progress(title: str, steps: int) -> Iterator[OnStep]:
         TimeElapsedColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task(title, total=steps, state="starting", completed=-1)
+        task = bar.add_task(title, total=steps, state="starting")
+        done = count()
 
         def on_step(state: str) -> None:
-            bar.update(task, advance=1, state=state)
+            bar.update(task, completed=next(done), state=state)
 
         yield on_step
         bar.update(task, completed=steps, state="done")

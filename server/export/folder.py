@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     Raises as `check_place`, ConfigError where nothing can be written, and DiskError when the disk is full.
     """
     check_place(target, within=within, force=force)
+    is_new = not target.parent.exists()
     with _place_in_words(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if _tidy(target):
@@ -72,6 +73,10 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
         ) from error
     finally:
         _remove(temporary, target)
+        if is_new:
+            with suppress(OSError):
+                # Only what is empty goes.
+                target.parent.rmdir()
 
 
 @contextmanager

@@ -169,5 +169,8 @@ def _by_site(
         canvas.figure.legend(loc="outside upper left", ncols=3, handlelength=1.3, columnspacing=1.2)
     last = {site: points[-1][1] for site, points in lines.items()}
     low, high = min(last, key=lambda s: last[s]), max(last, key=lambda s: last[s])
-    alt = f"{title}; in the end from {last[low]:.3g} ({low}) to {last[high]:.3g} ({high})."
+    end = f"from {last[low]:.3g} ({low}) to {last[high]:.3g} ({high})"
+    if len(last) == 1:
+        end = f"{last[low]:.3g} ({low} alone)"
+    alt = f"{title}; in the end {end}."
     return Picture(name, title, caption, alt, canvas.svg)

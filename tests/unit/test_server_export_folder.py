@@ -49,6 +49,8 @@ def test_the_folder_appears_whole_and_nothing_is_left_beside_it(tmp_path: Path) 
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         _place(tmp_path / "out", name="missing/half")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        _place(tmp_path / "export" / "merged", name="missing/half")
     assert list(tmp_path.iterdir()) == []
 
 
