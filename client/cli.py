@@ -23,7 +23,7 @@ from client.sent import manifest_table
 from common.audit_log import AuditEntry, verify_audit_log
 from common.canonical import plain_json
 from common.chain import ChainHead, parse_head
-from common.cli import console
+from common.cli import console, say
 from common.config import load_run_config
 from common.enrolment import open_bundle
 from common.errors import ConfigError, PolicyError
@@ -63,13 +63,11 @@ def init(
         site, name=name, declared_size=declared_size, unit=unit, patient_id=patient_id,
         data=data, models=model or (),
     )  # fmt: skip
-    console.print(
+    say(
         f"Wrote {site}: site.toml, keys/, {ENROLMENT_FILE}. Send {ENROLMENT_FILE} to the coordinator; it "
         f"holds public parts only.\nFingerprint, to be compared by telephone: {made.fingerprint}\n"
         "Next: go through site.toml, and when the bundle is there: consilium client join BUNDLE --site "
-        f"{site}",
-        soft_wrap=True,
-        markup=False,
+        f"{site}"
     )
 
 
@@ -85,17 +83,13 @@ def join(
     from client.provisioning import join as join_coordinator
 
     opened = open_bundle(bundle.read_bytes())
-    console.print(
-        f"{opened.address}, fingerprint {opened.fingerprint}", soft_wrap=True, markup=False
-    )
+    say(f"{opened.address}, fingerprint {opened.fingerprint}")
     if not yes:
         typer.confirm("Has the coordinator said that this is its fingerprint?", abort=True)
     joined = join_coordinator(site, opened)
-    console.print(
+    say(
         f"Wrote {site / 'site.toml'} and {joined.root_certificates_path}. Next: consilium client up --site "
-        f"{site}",
-        soft_wrap=True,
-        markup=False,
+        f"{site}"
     )
 
 
@@ -149,9 +143,7 @@ def approve(
         typer.confirm("Let this run train on this hospital's records?", abort=True)
     (opened.decline if decline else opened.approve)(run)
     verb = "Declined" if decline else "Approved"
-    console.print(
-        f"{verb} {run}; wrote {site / 'state' / 'approvals'}", soft_wrap=True, markup=False
-    )
+    say(f"{verb} {run}; wrote {site / 'state' / 'approvals'}")
 
 
 @app.command()
@@ -172,11 +164,11 @@ def ledger(
         except OSError as error:
             raise ConfigError(f"{settle} cannot be read ({error.strerror})") from None
         if not yes:
-            console.print(opened.lag(receipt).sentence(), soft_wrap=True, markup=False)
+            say(opened.lag(receipt).sentence())
             question = "Charge what this receipt names? Nothing takes it off again."
             typer.confirm(question, abort=True)
         settlement = opened.settle(receipt)
-        console.print(settlement.sentence(), soft_wrap=True, markup=False)
+        say(settlement.sentence())
     with console.status("Composing epsilon"):
         report = report_ledger(opened.ledger, opened.config)
     if as_json:
@@ -184,7 +176,7 @@ def ledger(
         return
     console.print(ledger_table(report))
     for line in report.sentences():
-        console.print(line, soft_wrap=True, markup=False)
+        say(line)
 
 
 @app.command()
@@ -231,12 +223,10 @@ def log(
         if seen is not None:
             anchors.append(seen.audit)
         verified = verify_audit_log(path, public_hex=opened.public_key, anchors=anchors)
-        console.print(
+        say(
             f"{path}: {verified.lines} lines, whole and unchanged (signed checkpoints: "
             f"{verified.checkpoints}, anchors that hold: {verified.anchors}, settled: "
-            f"{verified.settled}). Head {verified.head}",
-            soft_wrap=True,
-            markup=False,
+            f"{verified.settled}). Head {verified.head}"
         )
         return
     entries = [entry for entry in opened.audit.entries() if every or entry.event in _SHOWN]
@@ -245,7 +235,7 @@ def log(
             typer.echo(json.dumps(plain_json(asdict(entry)), allow_nan=False))
         return
     console.print(_log_table(entries))
-    console.print(f"{len(entries)} lines of {path}", soft_wrap=True, markup=False)
+    say(f"{len(entries)} lines of {path}")
 
 
 @app.command("dry-run")

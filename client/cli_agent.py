@@ -13,7 +13,7 @@ from client.node import init_node
 from client.site_config import load_site_config
 from client.up import run_node, run_site
 from common.canonical import plain_json
-from common.cli import console, set_up_logging
+from common.cli import console, say, set_up_logging
 
 SiteDir = Annotated[
     Path, typer.Option("--site", help="The hospital's folder, with site.toml in it.")
@@ -26,7 +26,7 @@ def up(site: SiteDir = Path()) -> None:
     """Connect this hospital to its coordinator and answer its tasks, until it is stopped."""
     set_up_logging(verbose=True)
     run_site(load_site_config(site))
-    console.print(f"Stopped. Logs: {site / 'state' / 'flower'}", soft_wrap=True, markup=False)
+    say(f"Stopped. Logs: {site / 'state' / 'flower'}")
 
 
 def agent(site: SiteDir = Path()) -> None:
@@ -40,14 +40,14 @@ def agent(site: SiteDir = Path()) -> None:
 
     opened = Site.open(site)
     run_agent(opened)
-    console.print(f"Stopped. What it did: {opened.audit.path}", soft_wrap=True, markup=False)
+    say(f"Stopped. What it did: {opened.audit.path}")
 
 
 def node(folder: NodeDir) -> None:
     """Run the connection alone, as a user who sees no data: SuperNode and superexec."""
     set_up_logging(verbose=True)
     run_node(folder)
-    console.print(f"Stopped. Logs: {folder / 'flower'}", soft_wrap=True, markup=False)
+    say(f"Stopped. Logs: {folder / 'flower'}")
 
 
 def node_init(
@@ -65,11 +65,9 @@ def node_init(
 ) -> None:
     """Write a folder of its own for the node's user, from a site that has joined."""
     written = init_node(folder, load_site_config(site), socket=socket, address=address)
-    console.print(
+    say(
         f"Wrote {written}, node, node.pub, ca.crt. Give {folder} to the node's user, then, as that user: "
-        f"consilium client node {folder}",
-        soft_wrap=True,
-        markup=False,
+        f"consilium client node {folder}"
     )
 
 
@@ -97,4 +95,4 @@ def cancel(site: SiteDir = Path()) -> None:
         if stopped
         else "Nothing is trained"
     )
-    console.print(said, soft_wrap=True, markup=False)
+    say(said)

@@ -14,7 +14,7 @@ from client.rotation import RUNNING_LOCKS, finish_rotation
 from client.rotation import rotate as rotate_keys
 from client.site_config import SiteConfig, load_site_config
 from client.withdrawals import withdraw as withdraw_from
-from common.cli import console
+from common.cli import say
 from common.enrolment import open_bundle
 from common.locks import lock_holder
 
@@ -37,21 +37,17 @@ def rotate(
     config = load_site_config(site)
     if finish is None:
         made = rotate_keys(config)
-        console.print(
+        say(
             f"Wrote {made} and {site / 'keys' / 'next'}. The old keys stay in use. Send {made.name} to the "
             "coordinator; it holds public parts only and is signed by the old key, so no telephone call is "
-            f"needed.\nNext, when its bundle is there: consilium client rotate --finish BUNDLE --site {site}",
-            soft_wrap=True,
-            markup=False,
+            f"needed.\nNext, when its bundle is there: consilium client rotate --finish BUNDLE --site {site}"
         )
         return
     finish_rotation(config, open_bundle(finish.read_bytes()))
-    console.print(
+    say(
         f"Wrote {config.signing_key_path} and {config.node_key_path}: the new keys are in use, the old ones "
         f"are gone. Start again what runs here: consilium client up --site {site}, or the agent; a node with "
-        "a folder of its own needs it anew: consilium client node-init",
-        soft_wrap=True,
-        markup=False,
+        "a folder of its own needs it anew: consilium client node-init"
     )
 
 
@@ -68,13 +64,11 @@ def withdraw(
         typer.confirm("Leave this coordinator, and do nothing more for it?", abort=True)
     made = withdraw_from(config, coordinator=coordinator)
     ended = _end_what_runs(config)
-    console.print(
+    say(
         f"Wrote {made}: this hospital does nothing more for that coordinator{ended}. Send {made.name} to it; "
         "there: consilium server revoke SITE DIR --withdrawal FILE.\nWhat this hospital gave to runs until "
         "now stays in their adapters: nothing takes an update out of a model again. Ledger and audit log "
-        "stay here. What a service manager starts again does nothing for that coordinator either.",
-        soft_wrap=True,
-        markup=False,
+        "stay here. What a service manager starts again does nothing for that coordinator either."
     )
 
 

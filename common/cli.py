@@ -60,6 +60,11 @@ def build_app() -> typer.Typer:
     return app
 
 
+def say(text: str) -> None:
+    """Print a text as it is: folders' names hold brackets, and a script reads whole lines."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
 def set_up_logging(*, verbose: bool) -> None:
     """Send our log to stderr and quieten what libraries say of themselves."""
     level = logging.INFO if verbose else logging.WARNING

@@ -17,7 +17,7 @@ from rich.table import Table
 from common.audit_log import AuditEntry, read_audit_log, verify_audit_log
 from common.canonical import plain_json
 from common.chain import parse_head
-from common.cli import INTERRUPTED, console, set_up_logging
+from common.cli import INTERRUPTED, console, say, set_up_logging
 from common.config import load_run_config
 from common.enrolment import fingerprint
 from common.errors import ConfigError, exit_code_of
@@ -76,14 +76,12 @@ def init(
         folder, address=address, bind_host=bind_host, bind_port=bind_port, more_hosts=host or ()
     )
     key = SigningKey.load(made.signing_key)
-    console.print(
+    say(
         f"Wrote {folder}: coordinator.toml, tls/, signing.pem, release.pem, release.pub, superexec.secret, "
         "roster.json. Keep tls/ca.key and release.pem elsewhere when they are not needed.\n"
         f"Fingerprint of the key that signs tasks: {fingerprint(key.public_hex)}\n"
         f"Next: consilium server up {folder}, then consilium server enroll ENROLMENT {folder} for each "
-        "hospital",
-        soft_wrap=True,
-        markup=False,
+        "hospital"
     )
 
 
@@ -106,9 +104,7 @@ def up(
     """Run the coordinator: SuperLink, superexec, and whatever runs are asked for; until it is stopped."""
     set_up_logging(verbose=True)
     run_coordinator(load_coordinator(folder), watch_port=watch_port)
-    console.print(
-        f"Stopped. The coordinator's logs: {folder / 'flower'}", soft_wrap=True, markup=False
-    )
+    say(f"Stopped. The coordinator's logs: {folder / 'flower'}")
 
 
 app.command()(plan)
@@ -143,16 +139,12 @@ def run(
     opened = order_run(coordinator, checked, run_dir=run_dir, resume=resume, force=force)
     del checked
     release_base()
-    console.print(
-        f"Asked for run {opened.run_uid}; it writes {opened.path}", soft_wrap=True, markup=False
-    )
+    say(f"Asked for run {opened.run_uid}; it writes {opened.path}")
     if coordinator.up_pid() is None:
-        _say(f"It begins when `consilium server up {folder}` runs; now it does not.")
+        _warn(f"It begins when `consilium server up {folder}` runs; now it does not.")
     if detach:
-        console.print(
-            f"Watch it: consilium server status {folder}; its report: consilium server report {opened.path}",
-            soft_wrap=True,
-            markup=False,
+        say(
+            f"Watch it: consilium server status {folder}; its report: consilium server report {opened.path}"
         )
         return
     _follow(coordinator, opened, title=name, folder=folder)
@@ -162,27 +154,25 @@ def _follow(coordinator: Coordinator, run: RunFolder, *, title: str, folder: Pat
     expected = len(coordinator.roster())
     try:
         with RunProgress(title, console=console, expected_sites=expected) as listener:
-            state = follow_run(coordinator, run.run_uid, listener=listener, say=_say)
+            state = follow_run(coordinator, run.run_uid, listener=listener, say=_warn)
     except KeyboardInterrupt:
-        console.print(
+        say(
             f"Detached: run {run.run_uid} goes on. Watch it: consilium server status {folder}; end it: "
-            f"consilium server stop {folder}",
-            soft_wrap=True,
-            markup=False,
+            f"consilium server stop {folder}"
         )
         raise typer.Exit(INTERRUPTED) from None
     if state.kind != "finished":
-        _say(f"{state.kind} ({state.code}): {state.message}")
+        _warn(f"{state.kind} ({state.code}): {state.message}")
         drawn = try_report(run.path)
         if drawn is not None:
-            console.print(f"Wrote {drawn}: how far it came", soft_wrap=True, markup=False)
+            say(f"Wrote {drawn}: how far it came")
         raise typer.Exit(exit_code_of(state.code))
     for sentence in summary_sentences(json.loads(run.summary.read_text())):
         console.print(sentence)
     run_is_done(run.path)
 
 
-def _say(trouble: str) -> None:
+def _warn(trouble: str) -> None:
     console.print(f"[yellow]{escape(trouble)}[/yellow]", soft_wrap=True)
 
 
@@ -207,12 +197,10 @@ def stop(folder: CoordinatorDir) -> None:
 
     with console.status("Stopping the run"):
         stopped = stop_run(load_coordinator(folder))
-    console.print(
+    say(
         f"Stopped run {stopped.uid} after round {stopped.state.rounds_done} of "
         f"{stopped.state.rounds or '?'}; continue with: consilium server run RUN.toml {folder} --out "
-        f"{stopped.folder.path} --resume",
-        soft_wrap=True,
-        markup=False,
+        f"{stopped.folder.path} --resume"
     )
 
 
@@ -235,13 +223,11 @@ def exclude(
         known = {name for event in read_events(folder.history) for name in event.get("sites", ())}
         if site not in known:
             named = ", ".join(sorted(known)) or "none so far"
-            _say(f"{site} has taken no part in this run until now; that did: {named}")
+            _warn(f"{site} has taken no part in this run until now; that did: {named}")
     excluded = ", ".join(exclusions.current()) or "nobody"
-    console.print(
+    say(
         f"Wrote {folder.exclusions}: excluded {excluded}. What goes takes it up at once; it holds for later "
-        "rounds and after --resume.",
-        soft_wrap=True,
-        markup=False,
+        "rounds and after --resume."
     )
 
 
@@ -284,18 +270,12 @@ def log(
             typer.echo(json.dumps({**asdict(verified), "seen": heads}, indent=2))
             return
         for site, one in sorted(seen.items()):
-            console.print(
-                f"{site}: ledger {one.ledger}\n{site}: audit {one.audit}",
-                soft_wrap=True,
-                markup=False,
-            )
+            say(f"{site}: ledger {one.ledger}\n{site}: audit {one.audit}")
         settled = f", {verified.settled} settled after a restore" if verified.settled else ""
-        console.print(
+        say(
             f"{path}: {verified.lines} lines, whole and unchanged; {verified.checkpoints} signed "
             f"checkpoints, {verified.unsigned} lines after the last; {verified.anchors} anchors "
-            f"hold{settled}. Head {verified.head}",
-            soft_wrap=True,
-            markup=False,
+            f"hold{settled}. Head {verified.head}"
         )
         return
     entries = list(read_audit_log(path))
@@ -306,7 +286,7 @@ def log(
             typer.echo(json.dumps(plain_json(asdict(entry)), allow_nan=False))
         return
     console.print(_log_table(shown))
-    console.print(f"{len(shown)} of {len(entries)} lines of {path}", soft_wrap=True, markup=False)
+    say(f"{len(shown)} of {len(entries)} lines of {path}")
 
 
 @app.command()
@@ -326,11 +306,9 @@ def receipt(
     out = out or Path(f"receipt-{site}.json")
     write_atomically(out, seal_receipt(made, key))
     audit.note("receipt", site=site, heads=asdict(made.heads), charges=len(made.charges))
-    console.print(
+    say(
         f"Wrote {out}: {len(made.charges)} charges of {site}, ledger at {made.heads.ledger.count}, "
-        f"audit log at {made.heads.audit.count}. There: consilium client ledger --settle {out.name}",
-        soft_wrap=True,
-        markup=False,
+        f"audit log at {made.heads.audit.count}. There: consilium client ledger --settle {out.name}"
     )
 
 

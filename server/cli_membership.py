@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import console
+from common.cli import console, say
 from common.enrolment import fingerprint, open_enrolment
 from common.errors import ProtocolError
 from common.files import write_atomically
@@ -51,21 +51,15 @@ def enroll(
         return
     # Who left and comes back with new keys is as new as anybody.
     opened = open_enrolment(data) if rotation is None else rotation.opened()
-    console.print(
-        f"{opened.site}, declared size {opened.declared_size:,}, fingerprint {opened.fingerprint}",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(f"{opened.site}, declared size {opened.declared_size:,}, fingerprint {opened.fingerprint}")
     if not yes:
         typer.confirm("Has the hospital said that this is its fingerprint?", abort=True)
     bundle = enrol(coordinator, opened)
     out = out or Path(f"bundle-{opened.site}.json")
     write_atomically(out, bundle)
-    console.print(
+    say(
         f"Wrote {out} and {coordinator.roster_file}: {opened.site} is enrolled. There: consilium client "
-        f"{'join' if rotation is None else 'rotate --finish'} {out.name}",
-        soft_wrap=True,
-        markup=False,
+        f"{'join' if rotation is None else 'rotate --finish'} {out.name}"
     )
 
 
@@ -85,11 +79,9 @@ def revoke(
     if not yes:
         typer.confirm(f"Shut {site} out, for as long as it has these keys?", abort=True)
     done = revoke_site(coordinator, site, why=why, withdrawal=said)
-    console.print(
+    say(
         f"Wrote {coordinator.roster_file} and {coordinator.revocations_file}: {site} is "
-        f"{'revoked, as it was before' if done.again else 'revoked'}. {_STAYS}",
-        soft_wrap=True,
-        markup=False,
+        f"{'revoked, as it was before' if done.again else 'revoked'}. {_STAYS}"
     )
     if not done.node_known:
         console.print(
@@ -111,12 +103,10 @@ def renew(
     coordinator = load_coordinator(folder)
     hosts = renew_certificate(coordinator, ca_key=ca_key, new_key=new_key)
     until = expires_at(coordinator.certificate.read_bytes())
-    console.print(
+    say(
         f"Wrote {coordinator.certificate}, good for {', '.join(hosts)} until "
         f"{datetime.fromtimestamp(until).strftime('%Y-%m-%d')}. It is used from the next start of `consilium "
-        f"server up {folder}` on: end that and start it again; a run goes on by itself.",
-        soft_wrap=True,
-        markup=False,
+        f"server up {folder}` on: end that and start it again; a run goes on by itself."
     )
 
 
@@ -132,10 +122,8 @@ def _take_rotation(coordinator: Coordinator, rotation: Rotation, *, out: Path | 
     bundle = rotate(coordinator, rotation)
     out = out or Path(f"bundle-{rotation.site}.json")
     write_atomically(out, bundle)
-    console.print(
+    say(
         f"Wrote {out} and {coordinator.roster_file}: {rotation.site} has new keys, fingerprint "
         f"{fingerprint(rotation.opened().signing_key)}; the old ones, which signed for them, hold no more. "
-        f"There: consilium client rotate --finish {out.name}",
-        soft_wrap=True,
-        markup=False,
+        f"There: consilium client rotate --finish {out.name}"
     )

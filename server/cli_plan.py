@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from common.canonical import plain_json
-from common.cli import console
+from common.cli import console, say
 from common.config import load_run_config
 from server.coordinator import load_coordinator
 
@@ -45,7 +45,7 @@ def plan(
 
     console.print(_table(planned))
     for sentence in plan_sentences(planned):
-        console.print(sentence, soft_wrap=True, markup=False)
+        say(sentence)
     console.print("Nothing was started and nothing was written.")
 
 

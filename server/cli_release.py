@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common.cli import console
+from common.cli import console, say
 from common.errors import ConfigError, ReleaseError
 from server.release.key import PRIVATE_FILE, make_release_key
 
@@ -72,7 +72,7 @@ def export(
     ):
         report = write_export(request, folder, on_step=on_step)
     console.print(report_table(report))
-    console.print(f"Wrote {target}: {_CONTENTS[form]}", soft_wrap=True, markup=False)
+    say(f"Wrote {target}: {_CONTENTS[form]}")
 
 
 _CONTENTS = {
@@ -133,13 +133,11 @@ def release(
     ):
         report = write_release(request, folder, on_step=on_step)
     console.print(report_table(report))
-    console.print(
+    say(
         f"Wrote {target}: the {form} export, README.md (its model card), run.toml, sbom.cdx.json, "
         f"{SIGNATURE}\n"
         f"Read README.md before you hand it on. Check it: consilium server verify "
-        f"{quote(str(target))} --key {quote(str(request.key.with_suffix('.pub')))}",
-        soft_wrap=True,
-        markup=False,
+        f"{quote(str(target))} --key {quote(str(request.key.with_suffix('.pub')))}"
     )
 
 
@@ -157,11 +155,9 @@ def release_key(
         ) from None
     key = make_release_key(folder)
     wrote = f"Wrote {key.private}" if key.is_new else f"Kept {key.private} as it was"
-    console.print(
+    say(
         f"{wrote}, which stays here, and wrote {key.public}, which whoever checks a release needs.\n"
-        f"SHA-256 of {key.public.name}, to compare by another way: {key.fingerprint}",
-        soft_wrap=True,
-        markup=False,
+        f"SHA-256 of {key.public.name}, to compare by another way: {key.fingerprint}"
     )
 
 
@@ -190,11 +186,9 @@ def verify(
             "and get it again"
         )
     if not as_json:
-        console.print(
+        say(
             f"{folder} is what the owner of {key} signed: {found.files} files, each to the byte, and nothing "
-            "beside them",
-            soft_wrap=True,
-            markup=False,
+            "beside them"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from common.cli import console, notes
+from common.cli import console, notes, say
 from common.errors import ConfigError, ConsiliumError
 from common.files import write_atomically
 from server.run_folder import RunFolder
@@ -48,11 +48,7 @@ def report(
             raise ConfigError(
                 f"{path} cannot be written ({error.strerror}); name another file with --out"
             ) from None
-    console.print(
-        f"Wrote {path}: {len(page.encode()) / 1e6:.2g} MB, open it in a browser",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(f"Wrote {path}: {len(page.encode()) / 1e6:.2g} MB, open it in a browser")
 
 
 def run_is_done(run_dir: Path) -> None:
@@ -60,15 +56,15 @@ def run_is_done(run_dir: Path) -> None:
     drawn = try_report(run_dir)
     names = [name for name in _OF_A_RUN if (run_dir / name).exists()]
     names += [drawn.name] if drawn is not None else []
-    console.print(f"Wrote {run_dir}: {', '.join(names)}", soft_wrap=True, markup=False)
+    say(f"Wrote {run_dir}: {', '.join(names)}")
 
 
 def say_written(path: Path) -> None:
     """Say that a file was written into a run's folder; a report there is drawn again, with what it says."""
-    console.print(f"Wrote {path}", soft_wrap=True, markup=False)
+    say(f"Wrote {path}")
     drawn = draw_again(path.parent)
     if drawn is not None:
-        console.print(f"Drew {drawn} again, with it", soft_wrap=True, markup=False)
+        say(f"Drew {drawn} again, with it")
 
 
 def draw_again(run_dir: Path) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import console
+from common.cli import console, say
 from common.config import Scalar, flatten, load_run_config, read_toml
 from common.errors import ConfigError, EngineError, QuorumError
 from server.aggregation import METHODS
@@ -110,10 +110,8 @@ def init(
             seed=seed,
         )
         written = write_own_scenario(folder, own, config, ranks=_ranks(ranks))
-    console.print(f"Wrote {', '.join(str(path) for path in written)}", soft_wrap=True, markup=False)
-    console.print(
-        f"Next: consilium simulate run {folder / 'run.toml'}", soft_wrap=True, markup=False
-    )
+    say(f"Wrote {', '.join(str(path) for path in written)}")
+    say(f"Next: consilium simulate run {folder / 'run.toml'}")
 
 
 def _tuned(path: Path) -> dict[str, dict[str, Scalar]]:
@@ -285,21 +283,13 @@ def _compare(comparison: Comparison, *, if_cut_off: str) -> None:
         results = run_comparison(comparison, watch=watch)
     except (KeyboardInterrupt, QuorumError, EngineError):
         done = len(list(comparison.out.glob("runs/*/*/summary.json")))
-        console.print(
-            f"{done} runs are done in {comparison.out}/runs; {if_cut_off}",
-            soft_wrap=True,
-            markup=False,
-        )
+        say(f"{done} runs are done in {comparison.out}/runs; {if_cut_off}")
         raise
     finally:
         for view in running:
             view.__exit__(None, None, None)
     console.print(methods_table(results) if comparison.methods else comparison_table(results))
-    console.print(
-        f"Wrote {comparison.out}: comparison.csv, comparison.json, runs/ (each with its adapter)",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(f"Wrote {comparison.out}: comparison.csv, comparison.json, runs/ (each with its adapter)")
 
 
 @contextmanager
@@ -315,9 +305,7 @@ def _watched(out: Path, *, watch: bool) -> Iterator[None]:
         return
     with watched(out) as address:
         if address:
-            console.print(
-                f"Watch it: {address} (as long as the run goes)", soft_wrap=True, markup=False
-            )
+            say(f"Watch it: {address} (as long as the run goes)")
         else:
             console.print("[yellow]The report cannot be served; the run goes on[/yellow]")
         yield
@@ -330,13 +318,9 @@ def _saying_what_is_saved(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, QuorumError, EngineError) as error:
         rounds = sorted(path.name for path in out.glob("checkpoints/round-*"))
         if rounds:
-            console.print(
-                f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume",
-                soft_wrap=True,
-                markup=False,
-            )
+            say(f"Saved so far: {out}/checkpoints/{rounds[-1]}; continue with --resume")
         if RunFolder(out, "").history.is_file() and not isinstance(error, KeyboardInterrupt):
             drawn = try_report(out)
             if drawn is not None:
-                console.print(f"Wrote {drawn}: how far it came", soft_wrap=True, markup=False)
+                say(f"Wrote {drawn}: how far it came")
         raise

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import console
+from common.cli import console, say
 from common.config import load_run_config
 from common.errors import ConfigError
 from common.model import choose_device, load_base
@@ -73,7 +73,7 @@ def attack(
     content = result.as_json()
     say_attack(content, console)
     written = write_attack(out or Path("runs") / f"{name}-attack", content)
-    console.print(f"Wrote {written}", soft_wrap=True, markup=False)
+    say(f"Wrote {written}")
 
 
 def _chosen(sources: list[SourceSite], sizes: dict[str, int], site: str) -> SourceSite:
