@@ -9,22 +9,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from typing import TYPE_CHECKING, Any
 
-from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from common.errors import ConfigError
+from server.release.libraries import ROOT, Library, needed_libraries
 
 if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component
 
 SBOM_FILE = "sbom.cdx.json"
-_ROOT = "consilium"
-# Some distributions have their licence's whole text where its name belongs.
-_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,41 +56,6 @@ def make_sbom(parts: ModelParts) -> str:
         indent=2
     )
     return made + "\n"
-
-
-def needed_distributions(root: str = _ROOT) -> dict[str, Distribution]:
-    """Return the installed distributions that one needs, itself among them, by canonical name.
-
-    What only an extra asks for is left out, unless something needs it with that extra.
-    """
-    found: dict[str, Distribution] = {}
-    pending: list[tuple[str, frozenset[str]]] = [(root, frozenset())]
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while pending:
-        name, extras = pending.pop()
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        try:
-            found[name] = distribution(name)
-        except PackageNotFoundError:
-            # Optional after all, or of another platform.
-            continue
-        pending += _requirements(found[name], extras)
-    return dict(sorted(found.items()))
-
-
-def _requirements(dist: Distribution, extras: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-    needed: list[tuple[str, frozenset[str]]] = []
-    for text in dist.requires or ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
-            needed.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return needed
 
 
 def _bom(parts: ModelParts) -> Bom:
@@ -139,48 +100,30 @@ def _bom(parts: ModelParts) -> Bom:
         "name, shape and float32 values of each tensor of the adapter, as the rounds had it",
         bom_ref="adapter",
     )
-    libraries = {name: _library(dist) for name, dist in needed_distributions().items()}
+    needed = needed_libraries()
+    libraries = {name: _component(one) for name, one in needed.items()}
     bom = Bom(components=[base, adapter, *libraries.values()])
     bom.metadata.component = model
-    made_by = [libraries[_ROOT]] if _ROOT in libraries else []
+    made_by = [libraries[ROOT]] if ROOT in libraries else []
     bom.register_dependency(model, [base, adapter, *made_by])
-    for name, dist in needed_distributions().items():
-        direct = {needed for needed, _ in _requirements(dist, frozenset())} & set(libraries)
-        bom.register_dependency(libraries[name], [libraries[one] for one in sorted(direct)])
+    for name, one in needed.items():
+        bom.register_dependency(libraries[name], [libraries[other] for other in sorted(one.needs)])
     return bom
 
 
-def _library(dist: Distribution) -> Component:
+def _component(library: Library) -> Component:
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
-    name = canonicalize_name(dist.metadata["Name"])
-    purl = PackageURL("pypi", name=name, version=dist.version)
+    purl = PackageURL("pypi", name=canonicalize_name(library.name), version=library.version)
     return Component(
         type=ComponentType.LIBRARY,
-        name=dist.metadata["Name"],
-        version=dist.version,
+        name=library.name,
+        version=library.version,
         bom_ref=purl.to_string(),
         purl=purl,
-        licenses=_licenses(license_of(dist)),
+        licenses=_licenses(library.license),
     )
-
-
-def license_of(dist: Distribution) -> str:
-    """Return a distribution's licence as its metadata names it: an SPDX expression or a name; "" if none."""
-    metadata = dist.metadata
-    expression = metadata.get_all("License-Expression")
-    if expression:
-        return str(expression[0])
-    text = str((metadata.get_all("License") or [""])[0]).strip()
-    if text and "\n" not in text and len(text) <= _LONGEST_NAME and text.upper() != "UNKNOWN":
-        return text
-    classified = [
-        one.rsplit(" :: ", 1)[-1]
-        for one in metadata.get_all("Classifier") or ()
-        if one.startswith("License :: ") and one != "License :: OSI Approved"
-    ]
-    return " and ".join(sorted(classified))
 
 
 def _licenses(name: str) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from server.release.sbom import ModelParts, license_of, make_sbom, needed_distributions
+from server.release.libraries import license_of, needed_libraries
+from server.release.sbom import ModelParts, make_sbom
 
 PARTS = ModelParts(
     name="model-x",
@@ -123,7 +124,7 @@ def test_a_licence_is_taken_from_the_metadata(fields: list[tuple[str, str]], exp
 
 
 def test_what_only_an_extra_needs_is_left_out() -> None:
-    found = needed_distributions()
+    found = needed_libraries()
     assert "model-signing" not in found
     assert "ray" in found  # of flwr[simulation], which we ask for with that extra
 
