@@ -25,9 +25,10 @@ GROUP = "consilium.commands"
 OWN_GROUP = "model"
 INTERRUPTED = 130
 
-console = Console()
+# Emoji codes are letters in a path and an address.
+console = Console(emoji=False)
 # What is no answer of a command: trouble on the way, and what goes on.
-notes = Console(stderr=True)
+notes = Console(stderr=True, emoji=False)
 
 
 def build_app() -> typer.Typer:

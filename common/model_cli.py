@@ -17,7 +17,7 @@ from common.model_folder import check_digest_list, check_model_folder, digest_fi
 app = typer.Typer(no_args_is_help=True, help="Base model folders.")
 
 # Standard output holds the answer alone.
-_notes = Console(stderr=True)
+_notes = Console(stderr=True, emoji=False)
 
 
 @app.callback()

@@ -7,12 +7,16 @@ and a checkout may hold a virtual environment of 80,000 files.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
 
 from common.config import default_table
+from common.errors import ConfigError, DiskError
+from common.files import is_disk_full
 from server.launch import APP_DIR
 
 _PACKAGES = ("server", "client", "common")
@@ -29,7 +33,8 @@ def app_folder(home: Path, *, installed: Path = APP_DIR) -> Path:
 
     home: of Flower's own files. installed: where the packages are, a checkout or what pip made. A copy that
     differs is made anew, since an upgrade exchanges them; one that does not is left, since a full disk
-    must not keep a coordinator from starting again.
+    must not keep a coordinator from starting again. Raises DiskError on a full disk, ConfigError where the
+    copy cannot be written.
     """
     folder = home / "app"
     described = installed / "pyproject.toml"
@@ -38,14 +43,32 @@ def app_folder(home: Path, *, installed: Path = APP_DIR) -> Path:
     }
     for package in _PACKAGES:
         for path in (installed / package).rglob("*.py"):
-            wanted[path.relative_to(installed).as_posix()] = path.read_bytes()
+            # An editor's lock is a link to nowhere.
+            if path.is_file():
+                wanted[path.relative_to(installed).as_posix()] = path.read_bytes()
     if wanted != _contents(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        for name, content in wanted.items():
-            path = folder / name
+        _write(folder, wanted)
+    return folder
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put a folder of these files in another's place, whole or not at all."""
+    new = folder.with_name(f"{folder.name}.new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        for name, content in files.items():
+            path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(new, folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        kind = DiskError if is_disk_full(error) else ConfigError
+        raise kind(
+            f"the code that Flower ships cannot be written to {folder} ({error.strerror}); mend that, and "
+            "start again"
+        ) from None
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -78,7 +78,8 @@ def evaluate(
             server_round=run.exported_round,
             on_batch=lambda done: bar.advance(task, done),
         )
-    found = replace(found, adapter=run.adapter_digest, other_records=bool(files))
+    other = {path.resolve() for path in files} - {path.resolve() for path in run.central_files}
+    found = replace(found, adapter=run.adapter_digest, other_records=bool(other))
     written = found.write(run.folder.evaluation)
     if as_json:
         typer.echo(json.dumps(written, indent=2, allow_nan=False))

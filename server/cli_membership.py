@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from common.cli import console, say
 from common.enrolment import fingerprint, open_enrolment
@@ -87,7 +88,7 @@ def revoke(
         console.print(
             f"[yellow]{site} was enrolled by an earlier version, so which node is its is not on record. "
             "Nothing it says counts, but it is still connected: find it with `consilium server status "
-            f"{folder}`, then `flwr supernode unregister NODE`.[/yellow]",
+            f"{escape(str(folder))}`, then `flwr supernode unregister NODE`.[/yellow]",
             soft_wrap=True,
         )
 

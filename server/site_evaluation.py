@@ -95,8 +95,8 @@ def _sums_in(answer: Answer, run: RunContext) -> SiteSums:
 def screen_sums(reply: Reply, *, max_length: int) -> SiteSums:
     """Return the sums in a reply. Raises ScreeningError "sums" for what no counting gives.
 
-    max_length: of a record, in tokens. Counts come rounded to policy.metric-digits, so they are held against
-    each other loosely.
+    max_length: of a record, in tokens. Counts come rounded to policy.metric-digits, which keeps their order
+    and may double a product of two.
     """
     numbers = reply.numbers
     names = ("records", "tokens", "nll", "correct", "base-nll", "base-correct")

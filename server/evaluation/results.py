@@ -140,7 +140,7 @@ class Evaluation:
     """One adapter beside its untouched base. server_round: that made it. adapter, base: digests.
 
     central: base's and result's on the coordinator's records, None without any. other_records: whether these
-    are not those of the run itself, which its rounds were measured on. group_by: see `CentralSet`.
+    were named for this evaluation, and are not where those of the run itself are. group_by: see `CentralSet`.
     """
 
     run_uid: str

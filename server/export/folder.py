@@ -39,7 +39,7 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     Raises as `check_place`, ConfigError where nothing can be written, and DiskError when the disk is full.
     """
     check_place(target, within=within, force=force)
-    is_new = not target.parent.exists()
+    new = [folder for folder in target.parents if not folder.exists()]
     with _place_in_words(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if _tidy(target):
@@ -73,10 +73,10 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
         ) from error
     finally:
         _remove(temporary, target)
-        if is_new:
-            with suppress(OSError):
-                # Only what is empty goes.
-                target.parent.rmdir()
+        with suppress(OSError):
+            for folder in new:
+                # Only what is empty goes, from the innermost on.
+                folder.rmdir()
 
 
 @contextmanager

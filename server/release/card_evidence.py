@@ -234,7 +234,7 @@ def evaluation_lines(run: FinishedRun, evaluation: Mapping[str, Any] | None) -> 
 def measured_records(evaluation: Mapping[str, Any] | None) -> str:
     """Return what the metrics were measured on; the rounds were always on the run's own records."""
     if evaluation and evaluation["models"] and evaluation.get("other_records"):
-        return "test records other than the run's own"
+        return "test records that were named for this evaluation"
     return "central test records"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from types import MappingProxyType
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -46,15 +47,16 @@ def needed_libraries(root: str = ROOT) -> Mapping[str, Library]:
             # Optional after all, or of another platform.
             continue
         pending += _requirements(found[name], extras)
-    return {
+    libraries = {
         name: Library(
             dist.metadata["Name"],
             dist.version,
             license_of(dist),
-            frozenset(needed for needed, _ in _requirements(dist, frozenset())) & found.keys(),
+            frozenset(one for one, _ in _requirements(dist, frozenset()) if one in found),
         )
         for name, dist in sorted(found.items())
     }
+    return MappingProxyType(libraries)
 
 
 def _requirements(dist: Distribution, extras: frozenset[str]) -> list[tuple[str, frozenset[str]]]:

@@ -31,7 +31,7 @@ def metrics_table(run: RunRecord) -> TextTable | None:
         rows += _metric_rows((base.options, final.options), _OPTIONS, on=on)
     records = f", {evaluation.records:,} records" if evaluation and evaluation.records else ""
     return TextTable(
-        f"On other records, named for this evaluation{records}"
+        f"On test records that were named for this evaluation{records}"
         if evaluation and evaluation.other_records
         else f"On the coordinator's test set{records}",
         ("metric", "base", "this run", "change"),

@@ -158,3 +158,9 @@ def test_log_is_quiet_unless_asked_for() -> None:
     cli.set_up_logging(verbose=True)
     assert logging.getLogger("server.rounds").isEnabledFor(logging.INFO)
     assert not logging.getLogger("urllib3").isEnabledFor(logging.INFO)
+
+
+def test_a_sentence_is_said_to_the_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "Wrote /srv/[/v2]/:x:/run, fe80:ab:cd"
+    cli.say(said)
+    assert capsys.readouterr().out == f"{said}\n"

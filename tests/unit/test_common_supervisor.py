@@ -316,10 +316,8 @@ import sys
 from pathlib import Path
 from common.process_guard import guarded_processes
 from common.supervisor import ChildSpec, Supervisor
-from tests.ports import free_port
 folder = Path(sys.argv[1])
 import os
-import re
 # The first dies with its own child left behind; the second has one that is in a session of its own.
 fork = "setsid sleep 77 & sleep 78"
 with guarded_processes(folder / "guard.log") as guard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from common.config import read_toml
+from common.errors import ConfigError, DiskError
 from server.app_bundle import app_folder
 
 CHECKOUT = Path(__file__).parents[2]
@@ -91,3 +93,32 @@ def test_after_an_upgrade_the_copy_is_the_new_one(installed: Path, tmp_path: Pat
     made = app_folder(tmp_path / "home", installed=installed)
     assert not (made / "server" / "screening.py").exists()
     assert (made / "server" / "app.py").read_text() == "app = 2\n"
+
+
+def test_an_editors_lock_is_no_code(installed: Path, tmp_path: Path) -> None:
+    (installed / "server" / ".#app.py").symlink_to("somebody@somewhere")
+    made = app_folder(tmp_path / "home", installed=installed)
+    assert (made / "server" / "app.py").is_file()
+    assert not (made / "server" / ".#app.py").is_symlink()
+
+
+def test_a_full_disk_is_said_and_the_copy_that_is_there_stays(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = app_folder(tmp_path / "home", installed=installed)
+    (installed / "server" / "app.py").write_text("app = 2\n")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskError, match="No space left.*mend"):
+        app_folder(tmp_path / "home", installed=installed)
+    assert [path.name for path in made.parent.iterdir()] == ["app"]
+    assert "ServerApp" in (made / "server" / "app.py").read_text()
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(ConfigError, match="cannot be written to .*mend that, and start again"):
+        app_folder(tmp_path / "home", installed=installed)

@@ -26,6 +26,7 @@ from server.exclusions import Exclusions
 from server.history import History
 from server.launch import Launch
 from server.provisioning import init_coordinator
+from server.roster import Roster, RosterEntry
 from server.run_folder import open_run_folder
 from tests.unit.fake_federation import HEADS
 
@@ -285,3 +286,14 @@ def test_a_folder_is_named_as_it_is_called(tmp_path: Path) -> None:
     said = _run("init", folder, "--address", "fl.example.org:8000").output
     assert f"Wrote {folder}: coordinator.toml" in said
     assert f"consilium server up {folder}, then" in said
+
+
+def test_a_folder_is_named_as_it_is_called_in_a_warning_too(tmp_path: Path) -> None:
+    """A site that an earlier version enrolled: which node is its is not on record."""
+    folder = tmp_path / "coordinator [/v2]"
+    coordinator = init_coordinator(folder, address="fl.example.org:8000")
+    entry = RosterEntry("north", SigningKey.generate().public_hex, 100)
+    Roster([entry]).save(coordinator.roster_file)
+    said = _run("revoke", "north", folder, "--yes")
+    assert said.exit_code == 0, said.output
+    assert f"consilium server status {folder}" in " ".join(said.output.split())

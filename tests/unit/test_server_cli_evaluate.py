@@ -87,6 +87,9 @@ def test_other_records_and_json(run_dir: Path, tmp_path: Path) -> None:
     assert json.loads(said)["other_records"] is True
     _evaluate(run_dir)
     assert _written(run_dir)["other_records"] is False
+    # The run's own, named by hand.
+    _evaluate(run_dir, "--data", tmp_path / "central.jsonl")
+    assert _written(run_dir)["other_records"] is False
 
 
 def test_json_draws_a_report_that_is_there_again_too(run_dir: Path, tmp_path: Path) -> None:
@@ -94,10 +97,12 @@ def test_json_draws_a_report_that_is_there_again_too(run_dir: Path, tmp_path: Pa
     page.write_text("old")
     other = _records(tmp_path / "other.jsonl", "a", "b")
     json.loads(_evaluate(run_dir, "--data", other, "--json"))
-    assert "On other records, named for this evaluation, 2 records" in page.read_text()
-    assert "On the coordinator&#x27;s test set" not in page.read_text()
+    ours = "On the coordinator&#39;s test set"
+    assert "On test records that were named for this evaluation, 2 records" in page.read_text()
+    assert ours not in page.read_text()
     _evaluate(run_dir)
     assert "named for this evaluation" not in page.read_text()
+    assert ours in page.read_text()
 
 
 def test_what_sites_counted_once_is_kept(run_dir: Path) -> None:

@@ -50,7 +50,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         _place(tmp_path / "out", name="missing/half")
     with pytest.raises(FileNotFoundError, match="missing"):
-        _place(tmp_path / "export" / "merged", name="missing/half")
+        _place(tmp_path / "new" / "export" / "merged", name="missing/half")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -231,8 +231,8 @@ def test_what_the_evaluation_found_stands_beside_the_base(facts: CardFacts) -> N
 def test_records_that_are_not_the_runs_own_are_not_called_so(facts: CardFacts) -> None:
     evidence = replace(facts.evidence, evaluation={**EVALUATION, "other_records": True})
     card = make_card(replace(facts, evidence=evidence))
-    assert "On 240 test records other than the run's own, which the coordinator chose" in card
-    assert "name: the coordinator's test records other than the run's own" in card
+    assert "On 240 test records that were named for this evaluation, which the coordinator" in card
+    assert "name: the coordinator's test records that were named for this evaluation" in card
     assert "central test records" not in card
 
 
