@@ -39,8 +39,8 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
     Raises as `check_place`, ConfigError where nothing can be written, and DiskError when the disk is full.
     """
     check_place(target, within=within, force=force)
-    new = [folder for folder in target.parents if not folder.exists()]
     with _place_in_words(target):
+        new = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         if _tidy(target):
             check_place(target, within=within, force=force)
@@ -81,7 +81,7 @@ def placing(target: Path, *, within: Path | None, force: bool) -> Iterator[Path]
 
 @contextmanager
 def _place_in_words(target: Path) -> Iterator[None]:
-    """Say in words that nothing can be written beside a place."""
+    """Say in words that a place cannot be looked at, or nothing be written beside it."""
     try:
         yield
     except OSError as error:
@@ -141,7 +141,15 @@ def _remove(temporary: Path, target: Path) -> None:
 
 
 def check_place(target: Path, *, within: Path | None, force: bool) -> None:
-    """Raise ConfigError for a folder that leads out of the run's, CheckpointError for one that is in use."""
+    """Raise ConfigError for a folder that leads out of the run's, CheckpointError for one that is in use.
+
+    Also ConfigError for one that may not be looked at.
+    """
+    with _place_in_words(target):
+        _check_place(target, within=within, force=force)
+
+
+def _check_place(target: Path, *, within: Path | None, force: bool) -> None:
     if within is not None:
         expected = within.resolve() / target.relative_to(within)
         if target.resolve() != expected:

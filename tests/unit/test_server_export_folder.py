@@ -318,6 +318,23 @@ def test_a_place_where_nothing_can_be_written_is_refused_in_words(tmp_path: Path
         _place(Path("/proc/out"))
 
 
+def test_a_place_that_may_not_be_looked_at_is_refused_in_words(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    (locked / "in").mkdir(parents=True)
+    locked.chmod(0)
+    user = os.geteuid()
+    # Nothing is locked for root.
+    os.seteuid(user or 65534)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"out cannot be written \(Permission denied\); choose"
+        ):
+            check_place(locked / "in" / "out", within=None, force=False)
+    finally:
+        os.seteuid(user)
+        locked.chmod(0o700)
+
+
 def test_what_came_while_an_export_was_written_is_not_replaced(tmp_path: Path) -> None:
     place = placing(tmp_path / "out", within=None, force=True)
     place.__enter__()
