@@ -11,14 +11,14 @@ import os
 import sys
 import warnings
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from common import model_cli
-from common.errors import ConsiliumError
+from common.errors import ConfigError, ConsiliumError
 
 GROUP = "consilium.commands"
 # The one group that needs no entry point.
@@ -86,14 +86,27 @@ def main() -> None:
     try:
         build_app()()
     except ConsiliumError as error:
-        notes.print(f"[bold red]error[/] ({error.code}): ", end="")
-        notes.print(str(error), markup=False, highlight=False)
-        sys.exit(error.exit_code)
+        _end_with(error)
+    except PermissionError as error:
+        # Agent, node and coordinator each have a user of their own: anybody is the wrong one somewhere.
+        what = error.filename or "something that this command needs"
+        _end_with(
+            ConfigError(
+                f"{what} is not to be read or written by this user ({error.strerror}); run this as the user "
+                "whose it is, or name another place"
+            )
+        )
     except SystemExit as end:
         # Typer turns Ctrl-C into this exit code before we see it.
         if end.code == INTERRUPTED:
             notes.print("[yellow]interrupted[/]; what was saved stands")
         raise
+
+
+def _end_with(error: ConsiliumError) -> NoReturn:
+    notes.print(f"[bold red]error[/] ({error.code}): ", end="")
+    notes.print(str(error), markup=False, highlight=False)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,31 @@ def test_error_ends_with_its_exit_code_its_wire_code_and_its_own_words(
     assert captured.out == ""
 
 
+def test_what_this_user_may_not_read_is_said_with_its_name_and_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def look() -> None:
+        user = os.geteuid()
+        # Nothing is locked for root.
+        os.seteuid(user or 65534)
+        try:
+            (tmp_path / "locked" / "site.toml").is_file()
+        finally:
+            os.seteuid(user)
+
+    monkeypatch.setattr(cli, "build_app", lambda: app)
+    monkeypatch.setattr(sys, "argv", ["consilium"])
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main()
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "error (config): " in said
+    assert "locked/site.toml is not to be read or written by this user (Permission denied)" in said
+
+
 def test_interrupt_ends_with_130_and_says_that_what_was_saved_stands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
